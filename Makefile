@@ -1,0 +1,42 @@
+# Every target sets itself up from a fresh clone: a virtual environment in .venv, the package in it.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: setup format check types docs fast test bench
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[training,test,docs]'
+	touch $@
+
+# Write the code in its one form.
+format: $(READY)
+	$(BIN)/ruff check --fix --quiet
+	$(BIN)/ruff format --quiet
+
+# Form, lint, types, quick tests (layering and the documents' examples among them), and the documents' links.
+check: $(READY) types docs fast
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+
+types: $(READY)
+	$(BIN)/pyright
+
+docs: $(READY)
+	$(BIN)/mkdocs build --quiet --strict
+
+# The tests that take no more than a moment each.
+fast: $(READY)
+	$(BIN)/pytest -q -n 2 -m 'not slow'
+
+# All tests.
+test: $(READY)
+	$(BIN)/pytest -q -n 2
+
+# Ours against peers, in one run; `make bench SUITES=loras` for some of it.
+bench: $(READY)
+	$(BIN)/python -m bench $(SUITES)

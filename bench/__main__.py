@@ -1,0 +1,30 @@
+"""`python -m bench [chains loras imports]`: print every figure beside its bound; exit 1 if one is not kept."""
+
+import sys
+
+import torch
+
+from bench import chains, imports, loras
+from bench.timing import print_rows
+
+SUITES = {"chains": chains.rows, "loras": loras.rows, "imports": imports.rows}
+
+
+def main(names: list[str]) -> int:
+    unknown = [name for name in names if name not in SUITES]
+    if unknown:
+        print(f"no benchmark {unknown[0]!r}; there are: {', '.join(SUITES)}")
+        return 2
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    print(f"torch {torch.__version__}, one thread; ours / peer, medians of interleaved rounds")
+    is_within = True
+    for name in names or list(SUITES):
+        rows = SUITES[name]()
+        print_rows(name, rows)
+        is_within = is_within and all(row.is_within for row in rows)
+    return 0 if is_within else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

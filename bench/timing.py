@@ -1,0 +1,85 @@
+"""Compare callables fairly on a noisy machine: interleaved in one run, medians of many short rounds."""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Row:
+    """A measured ratio beside the bound it has to keep."""
+
+    name: str
+    ours: float
+    peer: float
+    unit: str
+    bound: float
+    value: float  # what is compared with the bound; a ratio unless the name says otherwise
+
+    @property
+    def is_within(self) -> bool:
+        return self.value <= self.bound
+
+
+def times(
+    candidates: dict[str, Callable[[], object]], rounds: int = 40, round_s: float = 0.02
+) -> dict[str, list[float]]:
+    """Seconds per call of each candidate, in each of `rounds` rounds, in which the candidates run in turn.
+
+    The order turns from round to round, so that none always runs after the same other. A candidate is called as often
+    in a row as fits into `round_s`, at least twice, and the first call, which finds the caches cold, does not count.
+    """
+    counts: dict[str, int] = {}
+    for name, candidate in candidates.items():
+        candidate()
+        start = time.perf_counter()
+        candidate()
+        counts[name] = max(1, round(round_s / (time.perf_counter() - start)))
+    measured: dict[str, list[float]] = {name: [] for name in candidates}
+    names = list(candidates)
+    for index in range(rounds):
+        turn = index % len(names)
+        for name in names[turn:] + names[:turn]:
+            candidate = candidates[name]
+            candidate()
+            start = time.perf_counter()
+            for _ in range(counts[name]):
+                candidate()
+            measured[name].append((time.perf_counter() - start) / counts[name])
+    return measured
+
+
+def ratio_row(
+    name: str,
+    ours: Callable[[], object],
+    peer: Callable[[], object],
+    bound: float,
+    plain: Callable[[], object] | None = None,
+    rounds: int = 40,
+    round_s: float = 0.02,
+) -> Row:
+    """Time both and compare ours / peer with the bound: the median over the rounds of the ratio within each round.
+
+    plain: what both do besides; its time in the same round is subtracted from both.
+    """
+    measured = times({"ours": ours, "peer": peer, **({"plain": plain} if plain else {})}, rounds, round_s)
+    floor = measured.get("plain", [0.0] * rounds)
+    own = [time - base for time, base in zip(measured["ours"], floor, strict=True)]
+    other = [time - base for time, base in zip(measured["peer"], floor, strict=True)]
+    if plain:
+        base = statistics.median(floor)
+        over = [f"{side} {statistics.median(measured[side]) / base:.2f}x plain" for side in ("ours", "peer")]
+        name = f"{name} ({', '.join(over)})"
+    ratios = [a / b for a, b in zip(own, other, strict=True)]
+    ours_us, peer_us = statistics.median(own) * 1e6, statistics.median(other) * 1e6
+    return Row(name, ours_us, peer_us, "us", bound, statistics.median(ratios))
+
+
+def print_rows(title: str, rows: list[Row]) -> None:
+    """One line per row, with a mark where the bound is not kept."""
+    print(f"\n{title}")
+    for row in rows:
+        mark = "ok " if row.is_within else "OUT"
+        figures = f"ours {row.ours:10.2f} {row.unit}   peer {row.peer:10.2f} {row.unit}"
+        print(f"  {mark} {row.name:64s} {figures}   {row.value:6.3f} (bound {row.bound:g})")

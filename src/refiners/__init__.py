@@ -1,0 +1,1 @@
+"""Refiners: the simplest way to train and run adapters on top of foundation models."""

@@ -1,0 +1,362 @@
+"""Low-rank maps x -> scale * (alpha / rank) * up(down(x)) (arXiv 2106.09685, section 4.1), of features or channels."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, Self, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from refiners.fluxion.layers.conv import Conv2d, IntPair, PaddingMode
+from refiners.fluxion.layers.linear import Linear
+from refiners.fluxion.layers.module import Module, WeightedModule, shell_copy
+
+Map = TypeVar("Map", bound=WeightedModule)
+
+
+class Lora(Module, ABC, Generic[Map]):
+    """A low-rank map up(down(x)), times scale * alpha / rank. Starts as zero: `down` is random, `up` is zero.
+
+    name: what tells it from others on the same layer.
+    scale: how strong it is now; alpha: how strong its maker meant it to be (saved with the weights), rank if not given.
+    """
+
+    is_printed_whole = True
+    _trailing: tuple[int, ...] = ()  # sizes of 1 that spread `factor` over the dimensions behind the channels
+    down: Map
+    up: Map
+    alpha: Tensor  # () float32, saved
+    factor: Tensor  # (rank,) float32, scale * alpha / rank: a buffer, so that a new scale needs no new compilation
+
+    def __init__(self, name: str, down: Map, up: Map, scale: float, alpha: float | None) -> None:
+        super().__init__()
+        self.name = name
+        self.down = down
+        self.up = up
+        self._alpha = float(self.rank if alpha is None else alpha)
+        self._scale = _checked_scale(scale)
+        self.register_buffer("alpha", None)
+        self.register_buffer("factor", None, persistent=False)
+        self._make_numbers()
+        nn.init.normal_(self.down.weight, std=1 / self.rank)
+        nn.init.zeros_(self.up.weight)
+
+    @property
+    @abstractmethod
+    def rank(self) -> int:
+        """How many dimensions the map goes through."""
+
+    @property
+    def scale(self) -> float:
+        """How strong the update is; 0 is off, 1 as its maker meant it. Any finite number."""
+        return self._scale
+
+    @scale.setter
+    def scale(self, value: float) -> None:
+        self._scale = _checked_scale(value)
+        self.factor.fill_(self._strength)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie."""
+        return self.down.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The number format of the weights."""
+        return self.down.weight.dtype
+
+    @abstractmethod
+    def misfit(self, layer: nn.Module) -> str | None:
+        """Why this map cannot be added to `layer`, or None if it can."""
+
+    @classmethod
+    def can_stack(cls, loras: "Sequence[Lora[Any]]") -> bool:
+        """Whether these maps, all of this class, can run as one whose rank is the sum of theirs."""
+        return True
+
+    @abstractmethod
+    def add_to(self, base: Tensor, x: Tensor, down: Tensor, up: Tensor, factor: Tensor) -> Tensor:
+        """The sum of `base` and the update of `x` by these weights: its own, or those of several maps as of one.
+
+        down (R, ...), up (out, R, ...) and factor (R,), for R the sum of the ranks.
+        """
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.down(x)
+        return self.up(h * self.factor.to(h.dtype).view(-1, *self._trailing))
+
+    def load_weights(self, down_weight: Tensor, up_weight: Tensor, alpha: float | None = None) -> None:
+        """Copy weights of the same shapes into this map, in place. Raises ValueError if a shape differs."""
+        for name, layer, weight in (("down", self.down, down_weight), ("up", self.up, up_weight)):
+            if weight.shape != layer.weight.shape:
+                ours, theirs = tuple(layer.weight.shape), tuple(weight.shape)
+                raise ValueError(f"LoRA {self.name!r}: the {name} weight has shape {theirs}, this one needs {ours}")
+        with torch.no_grad():
+            self.down.weight.copy_(down_weight)
+            self.up.weight.copy_(up_weight)
+        if alpha is not None:
+            self._set_alpha(alpha)
+
+    def structural_copy(self) -> Self:
+        """Return a copy with a scale of its own and the same weights."""
+        clone = shell_copy(self)
+        clone._buffers["factor"] = self.factor.clone()
+        return clone
+
+    @property
+    def _strength(self) -> float:
+        return self._scale * self._alpha / self.rank
+
+    def _make_numbers(self) -> None:
+        """Lay alpha and factor where the weights lie, in float32 whatever the format of the weights is."""
+        where: dict[str, Any] = {"dtype": torch.float32, "device": self.device}
+        self._buffers["alpha"] = torch.tensor(self._alpha, **where)
+        self._buffers["factor"] = torch.full((self.rank,), self._strength, **where)
+
+    def _set_alpha(self, alpha: float) -> None:
+        self._alpha = float(alpha)
+        self.alpha.fill_(self._alpha)
+        self.factor.fill_(self._strength)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        self._make_numbers()
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        if not self.alpha.is_meta:
+            self._set_alpha(self.alpha.item())
+
+    def extra_repr(self) -> str:
+        return f"{self.name!r}, rank={self.rank}, alpha={self._alpha:g}, scale={self._scale:g}"
+
+
+class LinearLora(Lora[Linear]):
+    """A low-rank update of a linear layer: (..., in_features) to (..., out_features)."""
+
+    def __init__(
+        self,
+        name: str,
+        /,
+        in_features: int,
+        out_features: int,
+        rank: int = 16,
+        scale: float = 1.0,
+        alpha: float | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        _check_rank(rank)
+        down = Linear(in_features, rank, bias=False, device=device, dtype=dtype)
+        up = Linear(rank, out_features, bias=False, device=device, dtype=dtype)
+        super().__init__(name, down, up, scale, alpha)
+
+    @classmethod
+    def from_weights(
+        cls, name: str, /, down: Tensor, up: Tensor, scale: float = 1.0, alpha: float | None = None
+    ) -> "LinearLora":
+        """A LoRA of given weights, down (rank, in_features) and up (out_features, rank), which it takes as they are."""
+        if down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1]:
+            raise ValueError(f"LoRA {name!r}: down {tuple(down.shape)} and up {tuple(up.shape)} do not share a rank")
+        lora = cls(name, down.shape[1], up.shape[0], down.shape[0], scale, alpha, device="meta", dtype=down.dtype)
+        return _with_weights(lora, down, up)
+
+    @property
+    def rank(self) -> int:
+        """How many dimensions the map goes through."""
+        return self.down.out_features
+
+    @property
+    def in_features(self) -> int:
+        """Size of the last dimension of the input."""
+        return self.down.in_features
+
+    @property
+    def out_features(self) -> int:
+        """Size of the last dimension of the output."""
+        return self.up.out_features
+
+    def misfit(self, layer: nn.Module) -> str | None:
+        """Why this map cannot be added to `layer`, or None if it can."""
+        if not isinstance(layer, nn.Linear):
+            return f"it updates a linear layer, not a {type(layer).__name__}"
+        ours, theirs = (self.in_features, self.out_features), (layer.in_features, layer.out_features)
+        if ours == theirs:
+            return None
+        return f"it maps {ours[0]} to {ours[1]} features, the layer {theirs[0]} to {theirs[1]}"
+
+    def add_to(self, base: Tensor, x: Tensor, down: Tensor, up: Tensor, factor: Tensor) -> Tensor:
+        """The sum of `base` and the update: two matrix products, the second of which also adds."""
+        h = F.linear(x, down) * factor
+        if base.ndim == 2:
+            return torch.addmm(base, h, up.t())
+        return torch.addmm(base.reshape(-1, base.shape[-1]), h.reshape(-1, h.shape[-1]), up.t()).view(base.shape)
+
+
+class Conv2dLora(Lora[Conv2d]):
+    """A low-rank update of a convolution: (B, in_channels, H, W) to (B, out_channels, H', W').
+
+    kernel_size, stride, padding: each a pair, of the down and of the up convolution.
+    dilation, padding_mode: of the down convolution.
+    groups: of both; it must divide the rank.
+    """
+
+    _trailing = (1, 1)
+
+    def __init__(
+        self,
+        name: str,
+        /,
+        in_channels: int,
+        out_channels: int,
+        rank: int = 16,
+        scale: float = 1.0,
+        kernel_size: tuple[IntPair, IntPair] = (1, 3),
+        stride: tuple[IntPair, IntPair] = (1, 1),
+        padding: tuple[IntPair | str, IntPair | str] = (0, 1),
+        alpha: float | None = None,
+        dilation: IntPair = 1,
+        groups: int = 1,
+        padding_mode: PaddingMode = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        _check_rank(rank, groups)
+        shared: dict[str, Any] = {"groups": groups, "use_bias": False, "device": device, "dtype": dtype}
+        geometry = {"dilation": dilation, "padding_mode": padding_mode}
+        down = Conv2d(in_channels, rank, kernel_size[0], stride[0], padding[0], **geometry, **shared)
+        up = Conv2d(rank, out_channels, kernel_size[1], stride[1], padding[1], **shared)
+        super().__init__(name, down, up, scale, alpha)
+
+    @classmethod
+    def from_weights(
+        cls,
+        name: str,
+        /,
+        down: Tensor,
+        up: Tensor,
+        scale: float = 1.0,
+        alpha: float | None = None,
+        stride: tuple[IntPair, IntPair] = (1, 1),
+        padding: tuple[IntPair | str, IntPair | str] | None = None,
+    ) -> "Conv2dLora":
+        """A LoRA of given weights, down (rank, in, h, w) and up (out, rank, h, w), which it takes as they are.
+
+        padding: half of each kernel if not given, which keeps height and width at stride 1.
+        """
+        if down.ndim != 4 or up.ndim != 4 or down.shape[0] != up.shape[1]:
+            raise ValueError(f"LoRA {name!r}: down {tuple(down.shape)} and up {tuple(up.shape)} do not share a rank")
+        sizes = [(int(weight.shape[2]), int(weight.shape[3])) for weight in (down, up)]
+        halves = [(height // 2, width // 2) for height, width in sizes]
+        lora = cls(
+            name,
+            in_channels=down.shape[1],
+            out_channels=up.shape[0],
+            rank=down.shape[0],
+            scale=scale,
+            kernel_size=(sizes[0], sizes[1]),
+            stride=stride,
+            padding=padding or (halves[0], halves[1]),
+            alpha=alpha,
+            device="meta",
+            dtype=down.dtype,
+        )
+        return _with_weights(lora, down, up)
+
+    @property
+    def rank(self) -> int:
+        """How many dimensions the map goes through."""
+        return self.down.out_channels
+
+    @property
+    def in_channels(self) -> int:
+        """Channels of the input."""
+        return self.down.in_channels
+
+    @property
+    def out_channels(self) -> int:
+        """Channels of the output."""
+        return self.up.out_channels
+
+    def misfit(self, layer: nn.Module) -> str | None:
+        """Why this map cannot be added to `layer`, or None if it can."""
+        if not isinstance(layer, nn.Conv2d):
+            return f"it updates a convolution, not a {type(layer).__name__}"
+        ours, theirs = (self.in_channels, self.out_channels), (layer.in_channels, layer.out_channels)
+        if ours != theirs:
+            return f"it maps {ours[0]} to {ours[1]} channels, the layer {theirs[0]} to {theirs[1]}"
+        stride = tuple(down * up for down, up in zip(self.down.stride, self.up.stride, strict=True))
+        return None if stride == layer.stride else f"its stride is {stride}, that of the layer {layer.stride}"
+
+    @classmethod
+    def can_stack(cls, loras: Sequence[Lora[Any]]) -> bool:
+        """Whether these maps can run as one."""
+        geometries = {cast(Conv2dLora, lora)._geometry for lora in loras}
+        return len(geometries) == 1 and all(cast(Conv2dLora, lora)._is_plain for lora in loras)
+
+    @property
+    def _geometry(self) -> tuple[Any, ...]:
+        down = self.down
+        return (down.kernel_size, down.stride, down.padding, down.dilation, down.padding_mode)
+
+    @property
+    def _is_plain(self) -> bool:
+        up = self.up
+        return self.down.groups == 1 and (up.kernel_size, up.stride, up.padding) == ((1, 1), (1, 1), (0, 0))
+
+    def add_to(self, base: Tensor, x: Tensor, down: Tensor, up: Tensor, factor: Tensor) -> Tensor:
+        """The sum of `base` and the update: one convolution down, one up."""
+        h = self.down._conv_forward(x, down, None)
+        return base + F.conv2d(h * factor.view(-1, 1, 1), up)
+
+
+def lora_for(
+    layer: nn.Linear | nn.Conv2d,
+    name: str,
+    rank: int,
+    scale: float,
+    alpha: float | None,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+) -> Lora[Any]:
+    """A new update for a layer: for a convolution, the layer's own geometry on the way down and 1x1 on the way up."""
+    where: dict[str, Any] = {"device": device or layer.weight.device, "dtype": dtype or layer.weight.dtype}
+    if isinstance(layer, nn.Linear):
+        return LinearLora(name, layer.in_features, layer.out_features, rank, scale, alpha, **where)
+    return Conv2dLora(
+        name,
+        in_channels=layer.in_channels,
+        out_channels=layer.out_channels,
+        rank=rank,
+        scale=scale,
+        kernel_size=(cast("tuple[int, int]", layer.kernel_size), 1),
+        stride=(cast("tuple[int, int]", layer.stride), 1),
+        padding=(cast("tuple[int, int]", layer.padding), 0),
+        alpha=alpha,
+        dilation=cast("tuple[int, int]", layer.dilation),
+        groups=layer.groups,
+        padding_mode=layer.padding_mode,
+        **where,
+    )
+
+
+def _checked_scale(scale: float) -> float:
+    if not math.isfinite(scale):
+        raise ValueError(f"the scale of a LoRA must be a finite number, not {scale}")
+    return float(scale)
+
+
+def _check_rank(rank: int, groups: int = 1) -> None:
+    if rank < 1 or rank % groups:
+        raise ValueError(f"the rank of a LoRA must be at least 1 and a multiple of its {groups} groups, not {rank}")
+
+
+def _with_weights(lora: Any, down: Tensor, up: Tensor) -> Any:
+    lora.down.weight = nn.Parameter(down.detach())
+    lora.up.weight = nn.Parameter(up.detach())
+    lora._make_numbers()
+    return lora

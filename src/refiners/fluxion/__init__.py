@@ -1,0 +1,1 @@
+"""Fluxion: models as trees that a person can read."""

@@ -1,0 +1,209 @@
+"""Weights files in and out: safetensors, and torch files with nothing but tensors in them.
+
+No code of a file is ever run, and a file is either read whole or refused with the reason.
+"""
+
+import json
+import os
+import re
+import secrets
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import cast
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariableType]  # its PathLike is bare
+from torch import Tensor
+
+from refiners.weights.header import DTYPES, bits_per_value, check_is_file, read_header
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def read_safetensors(path: Path | str, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """Read all tensors of a safetensors file; on the CPU they are memory-mapped, privately: writes stay in memory.
+
+    Raises ValueError if the file is not exactly as the format demands, FileNotFoundError, IsADirectoryError.
+    """
+    read_header(path)
+    try:
+        return load_file(path, device=str(device))
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path}: safetensors cannot read this onto device {str(device)!r} ({error}); check the device and the file"
+        ) from error
+
+
+def read_metadata(path: Path | str) -> dict[str, str]:
+    """Read the metadata of a safetensors file, {} if it has none. Raises as `read_header` does."""
+    return read_header(path).metadata
+
+
+def write_safetensors(
+    path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a safetensors file whole or not at all: on failure the file that was there before is still there.
+
+    Views are written as the values they show, and tensors that share memory each with their own copy. The same tensors
+    and metadata always give the same bytes, whatever the order of the mappings.
+    Raises TypeError for names or metadata that are no strings, ValueError for a tensor that the format cannot hold,
+    FileNotFoundError if the folder does not exist.
+    """
+    target = Path(os.path.realpath(path))  # a link stays a link
+    _check_can_write(path, target)
+    _check_strings(path, cast("Mapping[object, object]", metadata or {}))
+    names = [name for _, _, name in sorted(_sort_key(path, name, tensor) for name, tensor in tensors.items())]
+    header = _encode_header(path, {name: tensors[name] for name in names}, metadata)
+    temporary = target.parent / f".{secrets.token_hex(8)}.tmp"
+    try:
+        with open(temporary, "xb") as file:
+            file.write(len(header).to_bytes(8, "little") + header)
+            for name in names:
+                file.write(_bytes_of(tensors[name]))
+            file.flush()
+            os.fsync(file.fileno())
+        if target.exists():
+            os.chmod(temporary, target.stat().st_mode)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_torch(path: Path | str, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """Read a torch file that holds a dict of tensors, at its top or under "state_dict"; memory-mapped where possible.
+
+    Raises ValueError if the file holds anything else, is damaged, or wants to run code; FileNotFoundError,
+    IsADirectoryError.
+    """
+    check_is_file(path)
+    with open(path, "rb") as file:
+        start = file.read(9)
+    if start[8:] == b"{":
+        raise ValueError(f"{path}: this looks like a safetensors file; read it with read_safetensors")
+    try:
+        content: object = torch.load(
+            path,
+            map_location="cpu",
+            weights_only=True,
+            mmap=start.startswith(b"PK"),  # torch cannot map the older format, which is no zip archive
+        )
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # a damaged pickle can fail in any way
+        raise _explain(path, error) from error
+    return {name: tensor.detach().to(device) for name, tensor in _tensors_in(path, content).items()}
+
+
+def _check_can_write(path: Path | str, target: Path) -> None:
+    if target.is_dir():
+        raise IsADirectoryError(f"{path}: this is a directory; give the path of the file to write")
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"{path}: the folder {str(target.parent)!r} does not exist; create it first")
+
+
+def _check_strings(path: Path | str, metadata: Mapping[object, object]) -> None:
+    for key, value in metadata.items():
+        for text in (key, value):
+            if not isinstance(text, str):
+                raise TypeError(
+                    f"{path}: metadata {key!r}: {value!r} has a {type(text).__name__}, but both sides must be strings; "
+                    "use str() or json.dumps()"
+                )
+            _check_unicode(path, text)
+
+
+def _check_unicode(path: Path | str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{path}: {text!r} cannot be written as UTF-8 ({error}); use another name or text") from error
+
+
+def _sort_key(path: Path | str, name: object, tensor: Tensor) -> tuple[int, str, str]:
+    """Wide types first, so that every tensor is aligned. Refuses what cannot be written."""
+    if not isinstance(name, str):
+        raise TypeError(f"{path}: the name {name!r} is a {type(name).__name__}, but names must be strings")
+    _check_unicode(path, name)
+    if name == "__metadata__":
+        raise ValueError(f"{path}: no tensor can be called '__metadata__' in a safetensors file; rename it")
+    if tensor.device.type == "meta":
+        raise ValueError(
+            f"{path}: tensor {name!r} is on the meta device and has no values; load or initialise it first"
+        )
+    if tensor.layout != torch.strided:
+        raise ValueError(f"{path}: tensor {name!r} has layout {tensor.layout}; write its .to_dense() instead")
+    if tensor.dtype not in _NAMES:
+        raise ValueError(
+            f"{path}: tensor {name!r} is {tensor.dtype}, but safetensors holds {', '.join(DTYPES)}; cast it"
+        )
+    return -tensor.dtype.itemsize, _NAMES[tensor.dtype], name
+
+
+def _encode_header(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None) -> bytes:
+    header: dict[str, object] = {}
+    if metadata is not None:
+        header["__metadata__"] = dict(sorted(metadata.items()))
+    begin = 0
+    for name, tensor in tensors.items():
+        end = begin + tensor.numel() * tensor.dtype.itemsize
+        header[name] = {
+            "dtype": _NAMES[tensor.dtype],
+            "shape": _format_shape(path, name, tensor),
+            "data_offsets": [begin, end],
+        }
+        begin = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    return text.ljust(-(-len(text) // 8) * 8)  # blanks up to a multiple of 8, so that the data is aligned
+
+
+def _format_shape(path: Path | str, name: str, tensor: Tensor) -> list[int]:
+    """The format counts 4-bit values one by one, torch counts them in pairs."""
+    per_item = 8 * tensor.dtype.itemsize // bits_per_value(_NAMES[tensor.dtype])
+    if per_item == 1:
+        return list(tensor.shape)
+    if tensor.ndim == 0:
+        raise ValueError(f"{path}: tensor {name!r} packs {per_item} values in no dimension; write its .reshape(1)")
+    return [*tensor.shape[:-1], tensor.shape[-1] * per_item]
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    values = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
+    flat = values.as_strided((values.numel(),), (1,))  # one value can have any stride and still count as contiguous
+    return flat.view(torch.uint8).numpy().data
+
+
+def _explain(path: Path | str, error: Exception) -> ValueError:
+    text = str(error)
+    wanted = re.search(r"GLOBAL (\S+)", text)
+    if wanted or "TorchScript" in text:
+        code = wanted[1] if wanted else "a TorchScript program"
+        return ValueError(
+            f"{path}: refused, since this file wants to run code ({code}) and a file of weights needs none; "
+            "ask its author for safetensors, or convert it where you can trust it"
+        )
+    reason = (re.findall(r"Unsupported \w+ \S+", text) or text.splitlines() or [type(error).__name__])[0]
+    return ValueError(
+        f"{path}: this is not a torch file that can be read without running code ({reason}); "
+        "it may be damaged: get it again, or ask its author for safetensors"
+    )
+
+
+def _tensors_in(path: Path | str, content: object) -> dict[str, Tensor]:
+    tensors, place = content, "the file"
+    if isinstance(content, dict) and isinstance(cast("dict[object, object]", content).get("state_dict"), dict):
+        tensors, place = cast("dict[object, object]", content)["state_dict"], "its state_dict"
+    if not isinstance(tensors, dict):
+        raise ValueError(f"{path}: {place} should hold a dict of tensors, but it is a {type(tensors).__name__}")
+    found = cast("dict[object, object]", tensors)
+    strange = [name for name, value in found.items() if not (isinstance(name, str) and isinstance(value, Tensor))]
+    if strange:
+        raise ValueError(
+            f"{path}: {place} should hold only named tensors, but {len(strange)} of {len(found)} entries are not "
+            f"(first: {_list_kinds(found, strange[:3])}); save the dict of tensors alone"
+        )
+    return cast("dict[str, Tensor]", found)
+
+
+def _list_kinds(found: Mapping[object, object], names: Iterable[object]) -> str:
+    return ", ".join(f"{name!r} is a {type(found[name]).__name__}" for name in names)
