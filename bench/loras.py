@@ -64,5 +64,5 @@ def rows() -> list[Row]:
             torch.testing.assert_close(ours(x), peft(x), rtol=1e-4, atol=1e-5)
             name = f"overhead of {count} LoRA, {mode}"
             calls = [call(model, x, has_gradients) for model in (ours, peft, plain)]
-            found.append(ratio_row(name, calls[0], calls[1], allowed, plain=calls[2], rounds=40, round_s=0.1))
+            found.append(ratio_row(name, calls[0], calls[1], allowed, plain=calls[2], round_s=0.02))
     return found

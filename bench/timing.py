@@ -23,7 +23,7 @@ class Row:
 
 
 def times(
-    candidates: dict[str, Callable[[], object]], rounds: int = 40, round_s: float = 0.02
+    candidates: dict[str, Callable[[], object]], rounds: int = 150, round_s: float = 0.004
 ) -> dict[str, list[float]]:
     """Seconds per call of each candidate, in each of `rounds` rounds, in which the candidates run in turn.
 
@@ -56,8 +56,8 @@ def ratio_row(
     peer: Callable[[], object],
     bound: float,
     plain: Callable[[], object] | None = None,
-    rounds: int = 40,
-    round_s: float = 0.02,
+    rounds: int = 150,
+    round_s: float = 0.004,
 ) -> Row:
     """Time both and compare ours / peer with the bound: the median over the rounds of the ratio within each round.
 

@@ -8,10 +8,9 @@ The place inside the adapter where the target sits is called its hole. Adapters 
 the same target goes into the hole of the one that is there. They can be ejected in any order.
 """
 
-import functools
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from typing import Any, Generic, Self, TypeVar, cast
 
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from refiners.fluxion.layers import ownership, slots
 from refiners.fluxion.layers.chain import Chain, ContextModule
 from refiners.fluxion.layers.module import Return
-from refiners.fluxion.layers.transaction import record, transaction
+from refiners.fluxion.layers.transaction import record, transaction, whole_or_not_at_all
 
 T = TypeVar("T", bound=nn.Module)
 
@@ -54,7 +53,7 @@ class Adapter(ContextModule, Generic[T]):
         super().__init_subclass__(**kwargs)
         for method in ("inject", "eject"):
             if method in cls.__dict__:
-                setattr(cls, method, _in_transaction(cls.__dict__[method]))
+                setattr(cls, method, whole_or_not_at_all(cls.__dict__[method]))
 
     @contextmanager
     def setup_adapter(self, target: T) -> Generator[None]:
@@ -72,7 +71,8 @@ class Adapter(ContextModule, Generic[T]):
             if self.find_parent(target) is None:
                 self.append(Return())
                 self.append(target)
-        self.__dict__["_hole"] = _slots_down_to(self, target)
+            _make_slots_distinct(self, target)
+        self.__dict__.update(_hole=_slots_down_to(self, target), _name=_free_name(self, None))
         self.register_load_state_dict_post_hook(_present_names)
 
     @property
@@ -103,6 +103,7 @@ class Adapter(ContextModule, Generic[T]):
             raise RuntimeError(f"{type(self).__name__} is injected already, at {self.get_path()}: eject it first")
         target = self.target
         place = self._find_place() if parent is None else parent.ensure_find_parent(target)
+        self._check_can_inject(place)
         with transaction():
             self._rename(_free_name(self, place))
             if place is not None:
@@ -127,6 +128,17 @@ class Adapter(ContextModule, Generic[T]):
                     if isinstance(outer, Adapter) and outer._target == (self,):
                         outer._set_state(_target=(occupant,))
             self._set_state(_is_injected=False)
+
+    def _check_can_inject(self, place: Chain | None) -> None:
+        target, base = cast(Any, self.target), self.base
+        is_waiting = place is None and getattr(target, "is_adapter", False) and not target._is_injected
+        if is_waiting or (place is not None and place not in ownership.holders(target)):
+            name = type(target).__name__
+            raise ValueError(f"the target, a {name}, is or sits in an adapter that is not injected: inject that first")
+        for name in (*self._parameters, *self._buffers):
+            if name in base._parameters or name in base._buffers or name in base._modules:
+                ours, theirs = type(self).__name__, type(base).__name__
+                raise ValueError(f"{ours} has a tensor {name!r} and so has what it adapts, a {theirs}: rename it")
 
     def _find_place(self) -> Chain | None:
         target = self.target
@@ -178,11 +190,16 @@ class Adapter(ContextModule, Generic[T]):
     def _rename(self, name: str) -> None:
         self._set_state(_name=name)
 
+    def _restored(self) -> None:
+        if not self._is_injected and self._hole:
+            self._holder_and_slot()[0]._disconnect(self._occupant())
+
     def _copied_from(self, source: Any) -> None:
         theirs, ours = source._occupant(), self._occupant()
         while theirs is not source.target and isinstance(theirs, Adapter) and isinstance(ours, Adapter):
             theirs, ours = theirs._occupant(), ours._occupant()
         self.__dict__["_target"] = (ours,)
+        self._restored()
 
     # -- transparent names
 
@@ -232,6 +249,8 @@ class Adapter(ContextModule, Generic[T]):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __getattr__(self, name: str) -> Any:
+        if isinstance(getattr(type(self), name, None), property):
+            return super().__getattr__(name)
         if self._hole and name == self._name:
             return self
         own = self.__dict__
@@ -241,6 +260,25 @@ class Adapter(ContextModule, Generic[T]):
         if name.startswith("_") and name not in dict(occupant.named_parameters(recurse=False)):
             return super().__getattr__(name)
         return getattr(occupant, name)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As in torch; an attribute of that name of the target does not count as one of the adapter."""
+        with self._apart():
+            super().register_parameter(name, param)
+
+    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
+        """As in torch; an attribute of that name of the target does not count as one of the adapter."""
+        with self._apart():
+            super().register_buffer(name, tensor, persistent)
+
+    @contextmanager
+    def _apart(self) -> Generator[None]:
+        """Look nothing up in the target."""
+        hole, self.__dict__["_hole"] = self._hole, ()
+        try:
+            yield
+        finally:
+            self.__dict__["_hole"] = hole
 
     def __setattr__(self, name: str, value: Any) -> None:
         owner = self._owner_below(name)
@@ -253,19 +291,10 @@ class Adapter(ContextModule, Generic[T]):
 
     def _owner_below(self, name: str) -> nn.Module | None:
         """The adapted module, if it (and not the adapter) has a parameter or buffer of that name."""
-        if not self._hole or name in self.__dict__ or name in self._parameters or name in self._buffers:
+        if not self._is_injected or name in self.__dict__ or name in self._parameters or name in self._buffers:
             return None
         base = self.base
         return base if name in base._parameters or name in base._buffers else None
-
-
-def _in_transaction(method: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(method)
-    def whole_or_not_at_all(*args: Any, **kwargs: Any) -> Any:
-        with transaction():
-            return method(*args, **kwargs)
-
-    return whole_or_not_at_all
 
 
 def _slots_down_to(top: Chain, target: nn.Module) -> tuple[str, ...]:
@@ -278,6 +307,25 @@ def _slots_down_to(top: Chain, target: nn.Module) -> tuple[str, ...]:
     return tuple(reversed(path))
 
 
+def _make_slots_distinct(adapter: Chain, target: nn.Module) -> None:
+    """Number the adapter's own slots past those of what it adapts, as names of both are looked up at one place."""
+    below = _names_below(target)
+    renamed: dict[str, Any] = {}
+    for slot, child in adapter._modules.items():
+        taken = (*below, *adapter._modules, *renamed)
+        renamed[slots.free_slot(type(child).__name__, taken) if slot in below else slot] = child
+    adapter._set_children(renamed)
+
+
+def _names_below(module: nn.Module) -> set[str]:
+    """What is looked up by name in a module and, if it is an adapter, in what it adapts."""
+    names: set[str] = set()
+    while isinstance(module, Adapter):
+        names.update((module._name, *module._modules))
+        module = module._occupant()
+    return names.union(module._modules, module._parameters)
+
+
 def _refresh_up(chain: Chain) -> None:
     for node in (chain, *chain.get_parents()):
         node._refresh()
@@ -285,16 +333,11 @@ def _refresh_up(chain: Chain) -> None:
 
 def _free_name(adapter: Adapter[Any], place: Chain | None) -> str:
     """A name for the adapter's own parameters that no other adapter in the same slot has, nor a child of the base."""
-    taken: set[str] = set()
-    module: nn.Module = adapter.target
-    while isinstance(module, Adapter):
-        taken.add(module._name)
-        module = module._occupant()
-    taken.update(module._modules)
+    taken = _names_below(adapter.target).union(adapter._modules)
     slot = None if place is None else place.slot_of(adapter.target)
     for outer in () if place is None else (place, *place.get_parents()):
         if isinstance(outer, Adapter) and outer._holder_and_slot() == (place, slot):
-            taken.add(outer._name)
+            taken.update((outer._name, *outer._modules))
             place = outer.parent
             slot = None if place is None else place.slot_of(outer)
     return slots.free_slot(type(adapter).__name__, taken)

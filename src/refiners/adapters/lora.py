@@ -3,13 +3,14 @@
 Any number of updates on one layer run as one product down and one up.
 """
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from refiners.adapters.adapter import Adapter
-from refiners.adapters.low_rank import Conv2dLora, LinearLora, Lora, lora_for
+from refiners.adapters.low_rank import Conv2dLora, LinearLora, Lora, lora_for, needs_cast
 from refiners.fluxion.layers.combinators import Sum
 from refiners.fluxion.layers.module import WeightedModule
 
@@ -35,8 +36,7 @@ class LoraAdapter(Sum, Adapter[WeightedModule]):
     # What runs, worked out by _refresh: own updates and those of LoRA adapters in the hole, if they can run as one.
     _base: nn.Module
     _stack: tuple[Lora[Any], ...] = ()
-    _maps: tuple[tuple[nn.Module, nn.Module], ...] = ()  # down and up of each of the stack
-    _bypassed: tuple[nn.Module, ...] = ()  # modules that are not called when the stack runs as one
+    _inner: tuple[nn.Module, ...] = ()  # the adapters in the hole that are then not called
 
     def __init__(
         self,
@@ -99,7 +99,7 @@ class LoraAdapter(Sum, Adapter[WeightedModule]):
         return lora
 
     def forward(self, *inputs: Any) -> Any:
-        if not self._stack or len(inputs) != 1 or _any_has_hooks(self._bypassed):
+        if not self._stack or len(inputs) != 1 or _have_hooks(self._inner, self._stack):
             return super().forward(*inputs)
         (x,) = inputs
         base = self._base(x)
@@ -109,8 +109,9 @@ class LoraAdapter(Sum, Adapter[WeightedModule]):
         factor = factors[0] if len(factors) == 1 else torch.cat(factors)
         if factor.dtype is not dtype:
             factor = factor.to(dtype)
-        if x.dtype is not dtype and not torch.is_autocast_enabled(x.device.type):
-            return base + self._stack[0].add_to(torch.zeros_like(base, dtype=dtype), x.to(dtype), down, up, factor)
+        if needs_cast(x, dtype):
+            zero = torch.zeros_like(base, dtype=dtype)
+            return base + self._stack[0].add_to(zero, x.to(dtype), down, up, factor).to(base.dtype)
         return self._stack[0].add_to(base, x, down, up, factor)
 
     def _down_and_up(self) -> tuple[Tensor, Tensor]:
@@ -118,44 +119,40 @@ class LoraAdapter(Sum, Adapter[WeightedModule]):
 
         Not kept between calls: nothing tells of all changes (those through `.data` count no version).
         """
-        downs = [_weight(down) for down, _ in self._maps]
-        ups = [_weight(up) for _, up in self._maps]
+        downs = [_weight(lora, "down") for lora in self._stack]
+        ups = [_weight(lora, "up") for lora in self._stack]
         return (downs[0], ups[0]) if len(downs) == 1 else (torch.cat(downs), torch.cat(ups, dim=1))
 
     def _refresh(self) -> None:
         super()._refresh()
-        base, stack = self._plan[0], self._plan[1:]
-        inner: list[nn.Module] = []
-        while isinstance(base, LoraAdapter):
+        base, stack = (self._plan or (nn.Identity(),))[0], self._plan[1:]  # no plan: a constructor was taken back
+        inner: list[LoraAdapter] = []
+        while isinstance(base, LoraAdapter) and base.parent is (inner[-1] if inner else self):
             inner.append(base)
             base, stack = base._plan[0], (*base._plan[1:], *stack)
         kind = type(stack[0]) if stack else None
         fits = kind in (LinearLora, Conv2dLora) and all(type(lora) is kind for lora in stack)
         loras = cast("tuple[Lora[Any], ...]", stack) if fits else ()
         loras = loras if loras and type(loras[0]).can_stack(loras) else ()
-        parts = [part for lora in loras for part in (lora, lora.down, lora.up)]
-        self.__dict__.update(
-            _base=base,
-            _stack=loras,
-            _maps=tuple((lora.down, lora.up) for lora in loras),
-            _bypassed=(*inner, *parts),
-        )
+        self.__dict__.update(_base=base, _stack=loras, _inner=tuple(inner))
 
     def __getstate__(self) -> dict[str, Any]:
-        derived = ("_base", "_stack", "_maps", "_bypassed")
+        derived = ("_base", "_stack", "_inner")
         return {name: value for name, value in super().__getstate__().items() if name not in derived}
 
 
-def _any_has_hooks(modules: tuple[nn.Module, ...]) -> bool:
-    """Whether someone hooked into one of these, and so wants to see it called."""
-    for module in modules:
+def _have_hooks(inner: Sequence[nn.Module], loras: Sequence[Lora[Any]]) -> bool:
+    """Whether someone hooked into one of these or its maps, and so wants to see it called."""
+    maps = [part for lora in loras for part in (lora, lora._modules["down"], lora._modules["up"])]
+    for module in (*inner, *cast("list[nn.Module]", maps)):
         if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
             return True
     return False
 
 
-def _weight(layer: nn.Module) -> Tensor:
-    """`layer.weight` without torch's slow way to it, unless it is computed (parametrized)."""
+def _weight(lora: Lora[Any], part: str) -> Tensor:
+    """`lora.down.weight` without torch's slow way to it, unless it is computed (parametrized)."""
+    layer = cast(nn.Module, lora._modules[part])
     weight = layer._parameters.get("weight")
     return cast(Tensor, layer.weight) if weight is None else weight
 

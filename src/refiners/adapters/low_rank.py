@@ -35,8 +35,8 @@ class Lora(Module, ABC, Generic[Map]):
         self.name = name
         self.down = down
         self.up = up
-        self._alpha = float(self.rank if alpha is None else alpha)
-        self._scale = _checked_scale(scale)
+        self._alpha = _checked_number("alpha", self.rank if alpha is None else alpha)
+        self._scale = _checked_number("scale", scale)
         self.register_buffer("alpha", None)
         self.register_buffer("factor", None, persistent=False)
         self._make_numbers()
@@ -55,7 +55,7 @@ class Lora(Module, ABC, Generic[Map]):
 
     @scale.setter
     def scale(self, value: float) -> None:
-        self._scale = _checked_scale(value)
+        self._scale = _checked_number("scale", value)
         self.factor.fill_(self._strength)
 
     @property
@@ -85,8 +85,8 @@ class Lora(Module, ABC, Generic[Map]):
         """
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.down(x)
-        return self.up(h * self.factor.to(h.dtype).view(-1, *self._trailing))
+        h = self.down(x.to(self.dtype) if needs_cast(x, self.dtype) else x)
+        return self.up(h * self.factor.to(h.dtype).view(-1, *self._trailing)).to(x.dtype)
 
     def load_weights(self, down_weight: Tensor, up_weight: Tensor, alpha: float | None = None) -> None:
         """Copy weights of the same shapes into this map, in place. Raises ValueError if a shape differs."""
@@ -110,14 +110,14 @@ class Lora(Module, ABC, Generic[Map]):
     def _strength(self) -> float:
         return self._scale * self._alpha / self.rank
 
-    def _make_numbers(self) -> None:
+    def _make_numbers(self, device: torch.device | None = None) -> None:
         """Lay alpha and factor where the weights lie, in float32 whatever the format of the weights is."""
-        where: dict[str, Any] = {"dtype": torch.float32, "device": self.device}
+        where: dict[str, Any] = {"dtype": torch.float32, "device": device or self.device}
         self._buffers["alpha"] = torch.tensor(self._alpha, **where)
         self._buffers["factor"] = torch.full((self.rank,), self._strength, **where)
 
     def _set_alpha(self, alpha: float) -> None:
-        self._alpha = float(alpha)
+        self._alpha = _checked_number("alpha", alpha)
         self.alpha.fill_(self._alpha)
         self.factor.fill_(self._strength)
 
@@ -129,7 +129,8 @@ class Lora(Module, ABC, Generic[Map]):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         if not self.alpha.is_meta:
-            self._set_alpha(self.alpha.item())
+            self._alpha = _checked_number("alpha", self.alpha.item())
+            self._make_numbers(self.alpha.device)
 
     def extra_repr(self) -> str:
         return f"{self.name!r}, rank={self.rank}, alpha={self._alpha:g}, scale={self._scale:g}"
@@ -344,10 +345,16 @@ def lora_for(
     )
 
 
-def _checked_scale(scale: float) -> float:
-    if not math.isfinite(scale):
-        raise ValueError(f"the scale of a LoRA must be a finite number, not {scale}")
-    return float(scale)
+def needs_cast(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether `x` has to be brought to `dtype` by hand, as autocast does not do it."""
+    kind = x.device.type
+    return x.dtype is not dtype and not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind))
+
+
+def _checked_number(name: str, value: float) -> float:
+    if not math.isfinite(value):
+        raise ValueError(f"the {name} of a LoRA must be a finite number, not {value}")
+    return float(value)
 
 
 def _check_rank(rank: int, groups: int = 1) -> None:

@@ -42,7 +42,9 @@ def _children_lines(module: nn.Module) -> list[str]:
     if getattr(module, "is_printed_whole", False):
         return []
     groups: list[_Group] = []
-    for slot, child in module.named_children():
+    for slot, child in module._modules.items():
+        if child is None:
+            continue
         group = _Group([slot], child, _children_lines(child), _count_parameters(child))
         if groups and groups[-1].look == group.look:
             groups[-1].slots.append(slot)
@@ -146,9 +148,8 @@ def describe_value(value: Any) -> str:
     if isinstance(value, Tensor):
         place = "" if value.device.type == "cpu" else f" {value.device}"
         return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}{place}"
-    if isinstance(value, list | tuple) and value:
-        items: list[Any] = [*cast("list[Any]", value)]
-        return f"{'list' if isinstance(value, list) else 'tuple'}[{', '.join(map(describe_value, items))}]"
+    if type(value) in (list, tuple) and value:
+        return f"{type(value).__name__}[{', '.join(map(describe_value, value))}]"
     return type(value).__name__
 
 
@@ -158,9 +159,12 @@ def _misfit(module: nn.Module, inputs: tuple[Any, ...]) -> str | None:
     weight = next(module.parameters(), None)
     if x is None:
         return None
-    for attribute, dim, noun in (("in_features", -1, "last dimension"), ("in_channels", 1, "channels (dimension 1)")):
+    spatial = getattr(module, "kernel_size", None)
+    channels = 0 if isinstance(spatial, tuple) and x.ndim == len(cast("tuple[int, ...]", spatial)) + 1 else 1
+    where = (("in_features", -1, "last dimension"), ("in_channels", channels, f"channels (dimension {channels})"))
+    for attribute, dim, noun in where:
         expected = getattr(module, attribute, None)
-        if isinstance(expected, int) and x.ndim > dim and expected != x.shape[dim]:
+        if isinstance(expected, int) and x.ndim > max(dim, 0) and expected != x.shape[dim]:
             return f"{type(module).__name__} expects {noun} of size {expected}, but got {x.shape[dim]}"
     if weight is None:
         return None

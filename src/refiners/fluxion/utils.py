@@ -137,7 +137,7 @@ def interpolate(
     size: int | Sequence[int] | None = None,
     mode: str = "nearest",
     antialias: bool = False,
-    factor: float | Sequence[float] | None = None,
+    factor: int | float | Sequence[float] | None = None,
 ) -> Float[Tensor, "b c *out"]:
     """Resize the spatial dimensions to `size`, or by `factor`; modes as in torch.nn.functional.interpolate.
 
@@ -157,7 +157,7 @@ def interpolate(
 def gaussian_blur(
     tensor: Float[Tensor, "*batch h w"],
     kernel_size: int | Sequence[int],
-    sigma: float | Sequence[float] | None = None,
+    sigma: int | float | Sequence[float] | None = None,
 ) -> Float[Tensor, "*batch h w"]:
     """Blur with a Gaussian, equal to torchvision's `gaussian_blur`; borders are mirrored.
 
@@ -244,7 +244,7 @@ def _pair(name: str, value: _Number | Sequence[_Number]) -> tuple[_Number, _Numb
     return values[0], values[1]
 
 
-def _gaussian(size: int, sigma: float | None) -> Tensor:
+def _gaussian(size: int, sigma: int | float | None) -> Tensor:
     if size < 1 or size % 2 == 0:
         raise ValueError(
             f"gaussian_blur: kernel_size should be odd and positive, but it is {size}; try {max(size, 0) | 1}"

@@ -33,6 +33,8 @@ class ScaledDotProductAttention(Module):
         slice_size: int | None = None,
     ) -> None:
         super().__init__()
+        if num_heads < 1:
+            raise ValueError(f"attention needs at least 1 head, not {num_heads}")
         if slice_size is not None and (slice_size < 1 or is_causal):
             raise ValueError(f"slice_size={slice_size} must be at least 1, and does not go with is_causal={is_causal}")
         self.num_heads = num_heads
@@ -99,7 +101,7 @@ class Attention(Chain):
         self.use_bias = use_bias
         self.is_causal = is_causal
         self.is_optimized = is_optimized
-        if self.inner_dim % num_heads:
+        if num_heads < 1 or self.inner_dim % num_heads:
             raise ValueError(f"the inner dimension {self.inner_dim} does not divide into {num_heads} heads")
         with placed(device, dtype):
             super().__init__(

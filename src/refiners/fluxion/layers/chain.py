@@ -4,8 +4,9 @@ A chain calls its children in order; a tuple is spread over the arguments of the
 per layer when a model runs is in `Chain.forward`: the rest of this file builds, searches and edits trees.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Self, TypeVar, cast, overload
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Self, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +14,10 @@ from torch import Tensor, nn
 from refiners.fluxion import tree
 from refiners.fluxion.context import Context, ContextError, Contexts
 from refiners.fluxion.layers import ownership, slots
+from refiners.fluxion.layers.compiling import own_entry, own_forward_entry
 from refiners.fluxion.layers.module import Module, Return, has_single_output, shell_copy
-from refiners.fluxion.layers.transaction import record
-
-T = TypeVar("T", bound=nn.Module)
-Predicate = Callable[[nn.Module, "Chain"], bool]
+from refiners.fluxion.layers.searching import Searchable
+from refiners.fluxion.layers.transaction import record, whole_or_not_at_all
 
 
 class ContextModule(Module):
@@ -92,12 +92,21 @@ class ContextModule(Module):
         return clone
 
     def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
+        state = super().__getstate__()
         state.pop("_parent", None)
         return state
 
+    def __copy__(self) -> Self:
+        return self.structural_copy()
 
-class Chain(ContextModule):
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(type(self), name, None)
+        if isinstance(found, property) and found.fget is not None:
+            return found.fget(self)  # it raised AttributeError: let that be seen, not "no such attribute"
+        return super().__getattr__(name)
+
+
+class Chain(ContextModule, Searchable):
     """Layers called in order, each with the output of the one before it.
 
     Args:
@@ -110,8 +119,14 @@ class Chain(ContextModule):
 
     _plan: tuple[nn.Module, ...] = ()  # the children that run: those before the first Return
     _is_straight: bool = False  # no layer but the last can return a tuple, so none is looked for
-    _contexts: Any  # Contexts, of which only the root's count; None: not asked for since the last call
-    _context_sources: "tuple[Chain, ...] | None" = None  # at the root only; the chains with an `init_context`
+    _contexts: Any  # Contexts, of which only the root's count; None: nothing set or read since the last call
+    _has_initial_contexts: bool = False  # whether what the `init_context` of the tree give is in `_contexts`
+    _context_sources: "tuple[Chain, ...]" = ()  # the chains from here down with an `init_context`, inner ones first
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__init__" in cls.__dict__:  # a constructor that fails lets go of the children it had taken
+            cls.__init__ = whole_or_not_at_all(cls.__init__)
 
     def __init__(self, *args: nn.Module | Iterable[nn.Module]) -> None:
         super().__init__()
@@ -123,23 +138,28 @@ class Chain(ContextModule):
 
     def forward(self, *args: Any) -> Any:
         """Call the layers in order; a tuple is spread over the next layer's arguments."""
-        if self._is_straight and len(args) == 1:
+        tensor, x = Tensor, args
+        if self._is_straight and len(args) == 1 and args[0].__class__ is tensor:
             (x,) = args
             for layer in self._plan:
                 x = layer(x)
             return x
         if not self._plan:
             return args[0] if len(args) == 1 else args
-        tensor, x = Tensor, args
         for layer in self._plan:
             x = layer(x) if x.__class__ is tensor or not isinstance(x, tuple) else layer(*x)
         return x
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the chain in place; the arguments are those of `torch.compile`."""
+        self._compiled_call_impl = torch.compile(own_forward_entry(self), *args, **kwargs)
 
     # -- contexts
 
     def _end_call(self) -> None:
         if not self._parent:
-            self.__dict__["_contexts"] = None
+            object.__setattr__(self, "_contexts", None)
+            object.__setattr__(self, "_has_initial_contexts", False)
 
     def init_context(self) -> Contexts:
         """Contexts that every call starts with. Override it; it is called anew each time."""
@@ -149,27 +169,30 @@ class Chain(ContextModule):
     def contexts(self) -> Contexts:
         """The contexts of the tree, by name."""
         root = cast("Chain", self.root)
-        contexts: Contexts | None = root._contexts
-        if contexts is None:
-            contexts = root.__dict__["_contexts"] = root._initial_contexts()
-        return contexts
+        if root._contexts is None:
+            object.__setattr__(root, "_contexts", {})
+        if not root._has_initial_contexts:
+            root._add_initial_contexts()
+        return cast(Contexts, root._contexts)
 
     def set_context(self, context: str, value: Context) -> None:
         """Set keys of the named context, for the next call of the root; other keys set so far stay."""
         if not isinstance(value, dict):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"the value of context {context!r} must be a dict of named values, not {type(value)}")
-        self.contexts.setdefault(context, {}).update(value)
+        root = cast("Chain", self.root)
+        if root._contexts is None:
+            object.__setattr__(root, "_contexts", {})
+        cast(Contexts, root._contexts).setdefault(context, {}).update(value)
 
-    def _initial_contexts(self) -> Contexts:
-        if self._context_sources is None:
-            below = (chain for chain, _ in self.walk(Chain, recurse=True))
-            sources = [chain for chain in (self, *below) if type(chain).init_context is not Chain.init_context]
-            self.__dict__["_context_sources"] = tuple(reversed(sources))  # outer chains have the last word
-        contexts: Contexts = {}
-        for source in self._context_sources or ():
-            for name, value in source.init_context().items():
-                contexts.setdefault(name, {}).update(value)
-        return contexts
+    def _add_initial_contexts(self) -> None:
+        """Fill in what was not set; what outer chains give counts more than what inner ones do."""
+        contexts: Contexts = self._contexts
+        for source in reversed(self._context_sources):
+            for name, values in source.init_context().items():
+                context = contexts.setdefault(name, {})
+                for key, value in values.items():
+                    context.setdefault(key, value)
+        object.__setattr__(self, "_has_initial_contexts", True)
 
     # -- looking up children
 
@@ -199,20 +222,25 @@ class Chain(ContextModule):
         return child
 
     def __getattr__(self, name: str) -> Any:
-        child = self._lookup(name)
-        if child is not None:
+        modules = cast("dict[str, nn.Module | None]", self.__dict__.get("_modules", {}))
+        if modules.get(name) is not None:
+            return modules[name]
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            child = slots.by_class(modules).get(name)
+            if child is None:
+                raise
             return child
-        found = getattr(type(self), name, None)
-        if isinstance(found, property) and found.fget is not None:
-            return found.fget(self)  # it raised AttributeError: let that be seen, not "no such attribute"
-        return super().__getattr__(name)
 
     def __dir__(self) -> list[str]:
         return [*super().__dir__(), *slots.by_class(self._modules)]
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if isinstance(value, nn.Module):
-            if name not in self.__dict__.get("_modules", ()):
+        has_slot = name in self.__dict__.get("_modules", ())
+        if isinstance(value, nn.Module) or has_slot:
+            slots.check_is_module(value)
+            if not has_slot:
                 raise ValueError(
                     f"{type(self).__name__} has no slot {name!r} to set: add children with append or insert, or keep "
                     f"a module that is no child in a list, as in self.{name} = [module]"
@@ -233,83 +261,17 @@ class Chain(ContextModule):
 
     def _lookup(self, name: str) -> nn.Module | None:
         modules = cast("dict[str, nn.Module | None]", self.__dict__.get("_modules", {}))
-        return modules.get(name) or slots.by_class(modules).get(name)
+        found = modules.get(name)
+        return slots.by_class(modules).get(name) if found is None else found
 
     def slot_of(self, module: nn.Module) -> str:
         """The name of the slot that a direct child sits in. Raises ValueError if it is none."""
         for slot, child in self._modules.items():
             if child is module:
                 return slot
-        raise ValueError(f"{type(module).__name__} is not a child of this {type(self).__name__}: {_names(self)}")
-
-    # -- searching the tree
-
-    @overload
-    def walk(self, predicate: type[T], recurse: bool = False) -> "Iterator[tuple[T, Chain]]": ...
-    @overload
-    def walk(
-        self, predicate: tuple[type[nn.Module], ...] | Predicate | None = None, recurse: bool = False
-    ) -> "Iterator[tuple[Any, Chain]]": ...
-    def walk(
-        self, predicate: type[T] | tuple[type[nn.Module], ...] | Predicate | None = None, recurse: bool = False
-    ) -> "Iterator[tuple[T, Chain]]":
-        """Go through the tree depth first, and give each module that fits, with its parent.
-
-        predicate: a class, several, or `f(module, parent) -> bool`; it may raise StopIteration to skip a sub-tree.
-        recurse: whether to go on below a module that fits.
-
-        The tree may be edited on the way: the walk gives the children that a chain had when it got there, less those
-        that have left it since, and none that came.
-        """
-        fits = _as_predicate(predicate)
-        for child in self:
-            if all(child is not present for present in self._modules.values()):
-                continue
-            try:
-                found = fits(child, self)
-            except StopIteration:
-                continue
-            if found:
-                yield child, self
-            if isinstance(child, Chain) and (recurse or not found):
-                yield from child.walk(fits, recurse)
-
-    def layers(self, layer_type: type[T], recurse: bool = False) -> Iterator[T]:
-        """The modules of a class, depth first; with `recurse` also those inside another of the same class."""
-        return (module for module, _ in self.walk(layer_type, recurse))
-
-    def find(self, layer_type: type[T]) -> T | None:
-        """The first module of a class, depth first, or None."""
-        return next(self.layers(layer_type), None)
-
-    def ensure_find(self, layer_type: type[T]) -> T:
-        """The first module of a class, depth first. Raises ValueError if there is none."""
-        found = self.find(layer_type)
-        if found is None:
-            raise ValueError(f"no {layer_type.__name__} in this {type(self).__name__}: {_names(self)}")
-        return found
-
-    def find_parent(self, module: nn.Module) -> "Chain | None":
-        """The chain in this tree that `module` is a direct child of, or None."""
-        if any(module is child for child in self):
-            return self
-        return next((parent for _, parent in self.walk(lambda child, _: child is module)), None)
-
-    def ensure_find_parent(self, module: nn.Module) -> "Chain":
-        """The chain in this tree that `module` is a direct child of. Raises ValueError if there is none."""
-        parent = self.find_parent(module)
-        if parent is None:
-            raise ValueError(f"{type(module).__name__} is not in this {type(self).__name__}: {_names(self)}")
-        return parent
-
-    def layer(self, key: int | str | Sequence[int | str], layer_type: type[T] = nn.Module) -> T:
-        """The module at a key, or at a path of keys, checked to be of a class. Raises TypeError if it is not."""
-        module: Any = self
-        for step in [key] if isinstance(key, int | str) else key:
-            module = module[step]
-        if not isinstance(module, layer_type):
-            raise TypeError(f"the layer at {key!r} is a {type(module).__name__}, not a {layer_type.__name__}")
-        return module
+        raise ValueError(
+            f"{type(module).__name__} is not a child of this {type(self).__name__}: {self.children_in_words()}"
+        )
 
     @property
     def device(self) -> torch.device | None:
@@ -369,8 +331,10 @@ class Chain(ContextModule):
         slots.check_is_module(new_module)
         self._set_children({**self._modules, slot: new_module})
 
-    def __add__(self, other: "Chain | nn.Sequential | list[nn.Module]") -> "Chain":
+    def __add__(self, other: Any) -> "Chain":
         """A chain that runs both, one after the other: structural copies, so both stay as they are."""
+        if not isinstance(other, Chain | nn.Sequential | list | tuple):
+            return NotImplemented
         return _gather([self, other])
 
     def structural_copy(self) -> Self:
@@ -379,7 +343,7 @@ class Chain(ContextModule):
         Two copies can be adapted differently, and can run at the same time (each has contexts of its own).
         """
         clone = super().structural_copy()
-        clone.__dict__.update(_contexts=None, _context_sources=None)
+        clone.__dict__.update(_contexts=None)
         clone._modules.clear()
         clone._attach_copies(self._modules)
         clone._copied_from(self)
@@ -398,7 +362,9 @@ class Chain(ContextModule):
         for index, child in enumerate(self):
             if isinstance(child, module_type):
                 return index
-        raise ValueError(f"no {module_type.__name__} among the children of this {type(self).__name__}: {_names(self)}")
+        raise ValueError(
+            f"no {module_type.__name__} among the children of this {type(self).__name__}: {self.children_in_words()}"
+        )
 
     def _set_children(self, children: dict[str, Any]) -> None:
         """Every edit comes through here: check all, then change all."""
@@ -407,7 +373,7 @@ class Chain(ContextModule):
             if id(child) not in present:
                 ownership.check_can_hold(self, child, above=self.get_parents())
         before = dict(self._modules)
-        guests = {id(child) for child in before.values() if child and self not in ownership.holders(child)}
+        guests = {id(child) for child in before.values() if child is not None and self not in ownership.holders(child)}
         self._swap_children(children, guests=set())
         record(lambda: self._swap_children(before, guests))
 
@@ -418,7 +384,7 @@ class Chain(ContextModule):
         self._modules.update(children)
         for key in before.keys() - after.keys():
             self._disconnect(cast(nn.Module, before[key]))
-        for key in after.keys() - before.keys():
+        for key in [key for key in after if key not in before]:
             if key not in guests and not ownership.is_guest(after[key]):
                 self._connect(after[key])
         for chain in (self, *self.get_parents()):
@@ -429,7 +395,11 @@ class Chain(ContextModule):
         if isinstance(child, ContextModule):
             child.__dict__["_parent"] = (self,)
         if isinstance(child, Chain) and child._contexts is not None:
-            contexts, child.__dict__["_contexts"] = child._contexts, None
+            contexts, root = child._contexts, cast("Chain", self.root)
+            before = root._contexts and {name: dict(value) for name, value in root._contexts.items()}
+            record(lambda: root.__dict__.update(_contexts=before))
+            record(lambda: child.__dict__.update(_contexts=contexts))
+            child.__dict__["_contexts"] = None
             for name, value in contexts.items():
                 self.set_context(name, value)
 
@@ -445,8 +415,16 @@ class Chain(ContextModule):
             if isinstance(child, Return):
                 break
             plan.append(child)
-        straight = bool(plan) and all(has_single_output(layer) for layer in plan[:-1])
-        self.__dict__.update(_plan=tuple(plan), _is_straight=straight, _context_sources=None)
+        sources = [source for child in self if isinstance(child, Chain) for source in child._context_sources]
+        self.__dict__.update(
+            _plan=tuple(plan),
+            _is_straight=bool(plan) and all(has_single_output(layer) for layer in plan[:-1]),
+            _context_sources=(*sources, self) if type(self).init_context is not Chain.init_context else tuple(sources),
+            _has_initial_contexts=False,
+        )
+        self.__dict__.setdefault("_contexts", None)
+        if "__call__" not in self.__dict__:
+            self.__dict__["__call__"] = own_entry(self)
 
     # -- copying, saving, printing
 
@@ -456,12 +434,14 @@ class Chain(ContextModule):
         own = tuple(f"{name}." for name, module in modules if getattr(module, "is_adapter", False))
         if own and not any(key.startswith(own) for key in state_dict):
             kept = {key: tensor for key, tensor in self.state_dict(keep_vars=True).items() if key.startswith(own)}
-            state_dict = {**state_dict, **kept}
+            filled = OrderedDict({**state_dict, **kept})
+            filled.__dict__.update(getattr(state_dict, "__dict__", {}))  # torch's metadata of the checkpoint
+            state_dict = filled
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
-        for name in ("_plan", "_contexts", "_context_sources", "_compiled_call_impl"):
+        for name in ("_plan", "_contexts", "_context_sources", "_has_initial_contexts", "__call__"):
             state.pop(name, None)
         return state
 
@@ -470,6 +450,7 @@ class Chain(ContextModule):
         for child in self:
             self._connect(child)
         self._refresh()
+        self._restored()
 
     def __repr__(self) -> str:
         return tree.render(self)
@@ -478,22 +459,9 @@ class Chain(ContextModule):
 def _gather(parts: "list[Any]", keep: Callable[[list[nn.Module]], list[nn.Module]] = list) -> Chain:
     """A chain over structural copies of the children of `parts`."""
     children = keep([child for part in parts for child in part])
+    for child in children:
+        slots.check_is_module(child)
     chain = Chain()
     names = slots.number(type(child).__name__ for child in children)
     chain._attach_copies(dict(zip(names, children, strict=True)))  # pyright: ignore[reportPrivateUsage]
     return chain
-
-
-def _as_predicate(predicate: Any) -> Predicate:
-    if predicate is None:
-        return lambda module, parent: True
-    if isinstance(predicate, type | tuple):
-        types = cast("type[nn.Module]", predicate)
-        return lambda module, parent: isinstance(module, types)
-    if not callable(predicate):
-        raise TypeError(f"walk takes a class, a tuple of classes or a function, not {predicate!r}")
-    return cast(Predicate, predicate)
-
-
-def _names(chain: Chain) -> str:
-    return f"its children are {', '.join(chain._modules) or 'none'}"  # pyright: ignore[reportPrivateUsage]

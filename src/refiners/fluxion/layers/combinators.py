@@ -15,7 +15,7 @@ class Residual(Chain):
         if len(inputs) != 1:
             raise ValueError(f"Residual adds its one input to its output, but got {len(inputs)} inputs")
         (x,) = inputs
-        if not self._is_straight:
+        if not self._is_straight or x.__class__ is not Tensor:
             return super().forward(x) + x
         h = x
         for layer in self._plan:

@@ -61,7 +61,8 @@ class Module(nn.Module):
                 return super().__call__(*args, **kwargs)
             return self.forward(*args, **kwargs)
         except Exception as error:
-            tree.add_location(error, self)
+            if not torch.compiler.is_compiling():  # the compiler reports where it was itself
+                tree.add_location(error, self)
             raise
         finally:
             if self._contexts is not None:
@@ -80,6 +81,9 @@ class Module(nn.Module):
 
     def _copied_from(self, source: Any) -> None:
         """Called on a structural copy when its children are in place; `source` is what it was copied from."""
+
+    def _restored(self) -> None:
+        """Called when a deep copy or an unpickled module has its children in place."""
 
     def load_from_safetensors(self, tensors_path: Path | str, strict: bool = True) -> Self:
         """Load a `.safetensors` file into this module and return the module.
@@ -121,4 +125,6 @@ def shell_copy(module: nn.Module) -> Any:
     clone = object.__new__(type(module))
     for name, value in module.__dict__.items():
         clone.__dict__[name] = value.copy() if isinstance(value, dict | list | set) else value
+    for bound_to_original in ("_compiled_call_impl", "__call__"):
+        clone.__dict__.pop(bound_to_original, None)
     return clone

@@ -59,7 +59,8 @@ def check_can_hold(holder: nn.Module, child: nn.Module, above: Sequence[nn.Modul
 
     It may take what is free, a guest, or shared on purpose, but neither itself nor what it sits in.
     """
-    if any(child is module for module in (holder, *above)):
+    inside = set(child.modules())
+    if any(module in inside for module in (holder, *above)):
         raise ValueError(f"{type(child).__name__} cannot be put into itself or below itself")
     other = _other_holder(child, holder)
     if other is not None:

@@ -19,7 +19,7 @@ class Parameter(WeightedModule):
     ) -> None:
         super().__init__()
         self.dims = dims
-        self.weight = nn.Parameter(torch.randn(*dims, device=device, dtype=dtype), requires_grad=requires_grad)
+        self.weight = nn.Parameter(torch.randn(dims, device=device, dtype=dtype), requires_grad=requires_grad)
 
     @property
     def requires_grad(self) -> bool:
@@ -49,7 +49,7 @@ class Buffer(WeightedModule):
     ) -> None:
         super().__init__()
         self.dims = dims
-        self.register_buffer("weight", torch.randn(*dims, device=device, dtype=dtype))
+        self.register_buffer("weight", torch.randn(dims, device=device, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.weight.expand(x.shape[0], *self.dims)

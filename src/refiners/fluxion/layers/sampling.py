@@ -2,6 +2,7 @@
 
 import torch
 from torch import Size, Tensor, nn
+from torch.nn import functional as F
 
 from refiners.fluxion.context import Contexts, placed
 from refiners.fluxion.layers.chain import Chain
@@ -10,7 +11,6 @@ from refiners.fluxion.layers.contexts import SetContext, UseContext
 from refiners.fluxion.layers.conv import Conv2d
 from refiners.fluxion.layers.functional import Identity, Lambda
 from refiners.fluxion.layers.module import Module, single_output
-from refiners.fluxion.utils import interpolate, pad
 
 
 @single_output
@@ -29,7 +29,8 @@ class Interpolate(Module):
     def forward(self, x: Tensor, shape: Size | None = None) -> Tensor:
         if (shape is None) == (self.factor is None):
             raise ValueError("Interpolate takes either the (H, W) to reach as a second input, or a factor when built")
-        return interpolate(x, size=shape, factor=self.factor, mode=self.mode, antialias=self.antialias)
+        size = None if shape is None else tuple(shape)
+        return F.interpolate(x, size=size, scale_factor=self.factor, mode=self.mode, antialias=self.antialias)
 
     def extra_repr(self) -> str:
         return f"mode={self.mode!r}, factor={self.factor}"
@@ -147,4 +148,4 @@ def _pop_shape(shapes: list[Size]) -> Size:
 
 
 def _pad_right_and_bottom(x: Tensor) -> Tensor:
-    return pad(x, (0, 1, 0, 1))
+    return F.pad(x, (0, 1, 0, 1))

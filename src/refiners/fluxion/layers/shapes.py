@@ -142,6 +142,8 @@ class Slicing(Module):
         self.step = step
 
     def forward(self, x: Tensor) -> Tensor:
+        if not -x.ndim <= self.dim < x.ndim:
+            raise IndexError(f"Slicing along dimension {self.dim} does not go with a tensor of shape {tuple(x.shape)}")
         before = [slice(None)] * (self.dim % x.ndim)
         return x[(*before, slice(self.start, self.end, self.step))]
 

@@ -20,10 +20,15 @@ def number(class_names: Iterable[str]) -> list[str]:
     """
     names = list(class_names)
     total, seen = Counter(names), Counter[str]()
+    taken = {name for name in names if total[name] == 1}
     numbered: list[str] = []
     for name in names:
-        seen[name] += 1
-        numbered.append(name if total[name] == 1 else f"{name}_{seen[name]}")
+        slot = name
+        while total[name] > 1 and (slot == name or slot in taken):
+            seen[name] += 1
+            slot = f"{name}_{seen[name]}"
+        taken.add(slot)
+        numbered.append(slot)
     return numbered
 
 

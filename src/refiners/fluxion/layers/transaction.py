@@ -1,9 +1,13 @@
 """Edits that happen whole or not at all."""
 
+import functools
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import ParamSpec, TypeVar
 
+P = ParamSpec("P")
+R = TypeVar("R")
 Undo = Callable[[], None]
 _journal: ContextVar[list[Undo] | None] = ContextVar("journal", default=None)
 
@@ -35,3 +39,14 @@ def transaction() -> Generator[None]:
             outer.extend(journal)
     finally:
         _journal.reset(token)
+
+
+def whole_or_not_at_all(method: Callable[P, R]) -> Callable[P, R]:
+    """Make each call of `method` one transaction."""
+
+    @functools.wraps(method)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        with transaction():
+            return method(*args, **kwargs)
+
+    return call

@@ -1,0 +1,1 @@
+"""The zoo: foundation models as trees, one folder each."""

@@ -1,0 +1,193 @@
+r"""Weighted prompts of any length, in the form that Automatic1111's web UI made common.
+
+`(word)` counts 1.1 times, `(word:1.3)` 1.3 times, `[word]` 1 / 1.1 times; brackets nest and multiply; `\(` is a
+bracket of the text. `BREAK` starts a new chunk; what does not fit in a chunk goes on in the next.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+import refiners.fluxion.layers as fl
+from refiners.foundationals.clip.tokenizer import CLIPTokenizer
+
+BRACKET_WEIGHT = 1.1
+COMMA_REACH = 20  # as in the web UI: a chunk that is full ends at the last comma if it is that near
+_SYNTAX = re.compile(
+    r"""
+    \\[\\()\[\]]?                             # an escaped character; a lone backslash counts nothing
+    | :\s*(?P<weight>[+-]?[.\d]+)\s*\)
+    | [()\[\]:]
+    | [^\\()\[\]:]+
+    """,
+    re.VERBOSE,
+)
+_BREAK = re.compile(r"\s*\bBREAK\b\s*")
+
+
+class WeightedText(NamedTuple):
+    """A part of a prompt, without its brackets, and how much it counts."""
+
+    text: str
+    weight: float
+
+
+BREAK = WeightedText("BREAK", -1.0)  # told from text by identity
+
+
+class _WeightedPiece(NamedTuple):
+    token_ids: tuple[int, ...]
+    weight: float
+
+
+def parse_prompt(prompt: str) -> list[WeightedText]:
+    """The texts and weights of a prompt; `BREAK` itself stands where a new chunk was asked for.
+
+    A bracket that is never closed lasts to the end; one that was never opened is text, as are weights outside brackets.
+    Raises ValueError for a weight that looks like a number and is none.
+    """
+    parts: list[WeightedText] = []
+    opened: dict[str, list[int]] = {"(": [], "[": []}
+    for found in _SYNTAX.finditer(prompt):
+        text, number = found[0], found["weight"]
+        if text in opened:
+            opened[text].append(len(parts))
+        elif number is not None and opened["("]:
+            _multiply(parts, opened["("].pop(), _read_weight(number, prompt, found.start()))
+        elif text == ")" and opened["("]:
+            _multiply(parts, opened["("].pop(), BRACKET_WEIGHT)
+        elif text == "]" and opened["["]:
+            _multiply(parts, opened["["].pop(), 1 / BRACKET_WEIGHT)
+        elif text.startswith("\\"):
+            parts.append(WeightedText(text[1:], 1.0))
+        else:
+            parts.extend(_split_at_breaks(text))
+    for start in opened["("]:
+        _multiply(parts, start, BRACKET_WEIGHT)
+    for start in opened["["]:
+        _multiply(parts, start, 1 / BRACKET_WEIGHT)
+    return list(_merge(parts)) or [WeightedText("", 1.0)]
+
+
+def token_weights(
+    tokenizer: CLIPTokenizer, prompt: str, comma_reach: int = COMMA_REACH
+) -> tuple[Int[Tensor, "k l"], Float[Tensor, "k l"]]:
+    """The token ids of a prompt's k chunks, l = sequence_length each, and the weight of each token.
+
+    comma_reach: a chunk that is full ends after its last comma, if that is among its last tokens, this many.
+    Raises ValueError for a malformed weight, or a concept of more vectors than a chunk holds.
+    """
+    size = tokenizer.sequence_length - 2
+    ids: list[list[int]] = []
+    weights: list[list[float]] = []
+    for chunk in _chunks(tokenizer, parse_prompt(prompt), comma_reach):
+        ids.append(tokenizer.frame(token_id for piece in chunk for token_id in piece.token_ids))
+        spread = [piece.weight for piece in chunk for _ in piece.token_ids]
+        weights.append([1.0, *spread, *[1.0] * (size - len(spread)), 1.0])
+    return torch.tensor(ids), torch.tensor(weights, dtype=torch.float32)
+
+
+def encode_prompt(
+    encoder: fl.Chain, prompt: str | Sequence[str], comma_reach: int = COMMA_REACH
+) -> Float[Tensor, "b l d"]:
+    """Encode weighted prompts of any length: (B, k * sequence_length, D), k chunks for the longest of them.
+
+    encoder: a text encoder, adapted or not, with a `CLIPTokenizer` in it.
+    comma_reach: see `token_weights`.
+
+    Each vector is multiplied by the weight of its token; then each chunk is scaled so that its mean is what it was.
+    """
+    tokenizer = encoder.ensure_find(CLIPTokenizer)
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    if not prompts:
+        raise ValueError("there is no prompt to encode: give at least one, which may be empty")
+    rows = [token_weights(tokenizer, each, comma_reach) for each in prompts]
+    count = max(len(ids) for ids, _ in rows)
+    no_text = torch.tensor([tokenizer.frame([])])
+    ids = torch.cat([torch.cat([ids, no_text.expand(count - len(ids), -1)]) for ids, _ in rows])
+    weights = torch.cat([torch.cat([each, torch.ones(count - len(each), each.shape[1])]) for _, each in rows])
+    embedding: Tensor = encoder(ids)
+    return _apply(weights.to(embedding.device), embedding).reshape(len(prompts), -1, embedding.shape[-1])
+
+
+def _apply(weights: Tensor, embedding: Tensor) -> Tensor:
+    weighted = embedding * weights[..., None].to(embedding.dtype)
+    before, after = (x.float().mean(dim=(1, 2), keepdim=True) for x in (embedding, weighted))
+    scale = torch.where(after == 0, torch.ones_like(after), before / after)
+    return weighted * scale.to(embedding.dtype)
+
+
+def _read_weight(number: str, prompt: str, position: int) -> float:
+    try:
+        weight = float(number)
+    except ValueError:
+        weight = math.nan
+    if not math.isfinite(weight):
+        raise ValueError(
+            f"the weight {number!r} at character {position} of the prompt {prompt!r} is no number; write one as in "
+            "(word:1.3), or \\) if the bracket is text"
+        )
+    return weight
+
+
+def _split_at_breaks(text: str) -> Iterator[WeightedText]:
+    for index, part in enumerate(_BREAK.split(text)):
+        if index:
+            yield BREAK
+        yield WeightedText(part, 1.0)
+
+
+def _multiply(parts: list[WeightedText], start: int, factor: float) -> None:
+    parts[start:] = [part if part is BREAK else part._replace(weight=part.weight * factor) for part in parts[start:]]
+
+
+def _merge(parts: Iterable[WeightedText]) -> Iterator[WeightedText]:
+    """Join neighbours of the same weight, so that words are not torn apart."""
+    last: WeightedText | None = None
+    for part in parts:
+        if last is not None and last is not BREAK and part is not BREAK and last.weight == part.weight:
+            last = last._replace(text=last.text + part.text)
+            continue
+        if last is not None:
+            yield last
+        last = part
+    if last is not None:
+        yield last
+
+
+def _chunks(tokenizer: CLIPTokenizer, parts: Iterable[WeightedText], comma_reach: int) -> list[list[_WeightedPiece]]:
+    size, comma = tokenizer.sequence_length - 2, tokenizer.pieces(",")[0].token_ids
+    chunks: list[list[_WeightedPiece]] = [[]]
+    for part in parts:
+        if part is BREAK:
+            chunks.append([])
+            continue
+        for token_ids, _ in tokenizer.pieces(part.text):
+            while _length(chunks[-1]) + len(token_ids) > size:
+                chunks[-1:] = _split(chunks[-1], size, comma, 0 if token_ids == comma else comma_reach)
+            chunks[-1].append(_WeightedPiece(token_ids, part.weight))
+    return chunks if chunks[-1] or len(chunks) == 1 else chunks[:-1]
+
+
+def _split(
+    chunk: list[_WeightedPiece], size: int, comma: tuple[int, ...], reach: int
+) -> tuple[list[_WeightedPiece], list[_WeightedPiece]]:
+    """What stays in a chunk that has no room left, and what moves to the next one."""
+    if not chunk:
+        raise ValueError(f"a concept of the prompt has more vectors than a chunk has room for, which is {size}")
+    is_full = _length(chunk) == size
+    for count in range(len(chunk), 0, -1):
+        if not is_full or _length(chunk[count - 1 :]) > reach:
+            break
+        if chunk[count - 1].token_ids == comma:
+            return chunk[:count], chunk[count:]
+    return chunk, []
+
+
+def _length(chunk: Iterable[_WeightedPiece]) -> int:
+    return sum(len(piece.token_ids) for piece in chunk)

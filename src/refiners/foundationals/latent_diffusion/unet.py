@@ -1,0 +1,309 @@
+"""The UNet of latent diffusion (arXiv 2112.10752, appendix E): predicts the noise in latents from time and text.
+
+(B, in_channels, h, w) latents to (B, out_channels, h, w). What else it needs comes through contexts:
+"diffusion" / "timestep": (B,) or (1,), 0 … 999; "cross_attention" / "text_embedding": (B, L, text_dim).
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import refiners.fluxion.layers as fl
+from refiners.fluxion.context import Contexts, placed
+
+
+@dataclass(frozen=True)
+class UNetSpec:
+    """The sizes of a UNet.
+
+    channels: width of each level, from full to lowest resolution; each level but the last ends with a halving.
+    transformer_layers: how many transformer layers follow each residual block of a level; 0 for none.
+    num_heads: attention heads of each level.
+    has_linear_projection: whether the transformers' projections are linear layers rather than 1x1 convolutions.
+    """
+
+    channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    transformer_layers: tuple[int, ...] = (1, 1, 1, 0)
+    num_heads: tuple[int, ...] = (8, 8, 8, 8)
+    blocks_per_level: int = 2
+    text_dim: int = 768
+    in_channels: int = 4
+    out_channels: int = 4
+    norm_groups: int = 32
+    has_linear_projection: bool = False
+
+    def __post_init__(self) -> None:
+        sizes = {len(self.channels), len(self.transformer_layers), len(self.num_heads)}
+        if len(sizes) != 1:
+            raise ValueError(
+                f"channels {self.channels}, transformer_layers {self.transformer_layers} and num_heads "
+                f"{self.num_heads} must have one entry per level each"
+            )
+
+    @property
+    def time_dim(self) -> int:
+        """Width of the time embedding."""
+        return 4 * self.channels[0]
+
+    @property
+    def middle_level(self) -> int:
+        """The level whose transformers the middle block has: the lowest that has any."""
+        return max((level for level, layers in enumerate(self.transformer_layers) if layers), default=0)
+
+    @property
+    def skip_channels(self) -> list[int]:
+        """Width of each output that the way down leaves for the way up, in the order of the way down."""
+        skips = [self.channels[0]]
+        for level, width in enumerate(self.channels):
+            skips += [width] * (self.blocks_per_level + (level < len(self.channels) - 1))
+        return skips
+
+
+SD1_UNET = UNetSpec()
+
+
+class TimestepEncoder(fl.Chain):
+    """The time step as sines and cosines of falling frequency, then a small perceptron: (B,) to (B, time_dim)."""
+
+    def __init__(self, spec: UNetSpec) -> None:
+        super().__init__(
+            Sinusoids(spec.channels[0]),
+            fl.Converter(),
+            fl.Linear(spec.channels[0], spec.time_dim),
+            fl.SiLU(),
+            fl.Linear(spec.time_dim, spec.time_dim),
+            fl.SiLU(),  # each residual block starts with it, so it is done once
+        )
+
+
+class Sinusoids(fl.Module):
+    """cos and sin of t / 10000^(2 i / width), for i = 0 … width / 2 - 1 (arXiv 1706.03762, section 3.5)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+
+    def forward(self, timestep: Tensor) -> Tensor:
+        half = self.width // 2
+        steps = torch.arange(half, dtype=torch.float32, device=timestep.device)
+        angles = timestep.float()[:, None] * torch.exp(-math.log(10000) / half * steps)
+        return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+    def extra_repr(self) -> str:
+        return str(self.width)
+
+
+class ResidualBlock(fl.Sum):
+    """Two convolutions with the time embedding added in between, and a shortcut."""
+
+    def __init__(self, in_channels: int, out_channels: int, spec: UNetSpec) -> None:
+        super().__init__(
+            fl.Chain(
+                fl.GroupNorm(in_channels, spec.norm_groups),
+                fl.SiLU(),
+                fl.Conv2d(in_channels, out_channels, kernel_size=3, padding=1),
+                fl.Residual(
+                    fl.UseContext("unet", "time_embedding"),
+                    fl.Linear(spec.time_dim, out_channels),
+                    fl.Reshape(out_channels, 1, 1),
+                ),
+                fl.GroupNorm(out_channels, spec.norm_groups),
+                fl.SiLU(),
+                fl.Conv2d(out_channels, out_channels, kernel_size=3, padding=1),
+            ),
+            fl.Identity() if in_channels == out_channels else fl.Conv2d(in_channels, out_channels, kernel_size=1),
+        )
+
+
+class FeedForward(fl.Chain):
+    """A gated perceptron (GEGLU, arXiv 2002.05202)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(
+            fl.Linear(width, 8 * width),
+            fl.GLU(fl.GeLU()),
+            fl.Linear(4 * width, width),
+        )
+
+
+class TransformerLayer(fl.Chain):
+    """Attention over the picture, attention to the text, perceptron."""
+
+    def __init__(self, width: int, num_heads: int, text_dim: int) -> None:
+        super().__init__(
+            fl.Residual(
+                fl.LayerNorm(width),
+                fl.SelfAttention(width, num_heads=num_heads, use_bias=False),
+            ),
+            fl.Residual(
+                fl.LayerNorm(width),
+                fl.Parallel(
+                    fl.Identity(),
+                    fl.UseContext("cross_attention", "text_embedding"),
+                    fl.UseContext("cross_attention", "text_embedding"),
+                ),
+                fl.Attention(
+                    width,
+                    num_heads=num_heads,
+                    key_embedding_dim=text_dim,
+                    value_embedding_dim=text_dim,
+                    use_bias=False,
+                ),
+            ),
+            fl.Residual(
+                fl.LayerNorm(width),
+                FeedForward(width),
+            ),
+        )
+
+
+class SpatialTransformer(fl.Residual):
+    """Transformer layers over the positions of a picture: (B, C, h, w) to the same."""
+
+    def __init__(self, width: int, num_layers: int, num_heads: int, spec: UNetSpec) -> None:
+        super().__init__(
+            fl.GroupNorm(width, spec.norm_groups, eps=1e-6),
+            fl.SetContext("flatten", "sizes", callback=_push_size),
+            *_sequence_projection(width, spec),
+            *(TransformerLayer(width, num_heads, spec.text_dim) for _ in range(num_layers)),
+            *reversed(_picture_projection(width, spec)),
+        )
+
+
+def _sequence_projection(width: int, spec: UNetSpec) -> list[fl.Module]:
+    if spec.has_linear_projection:
+        return [fl.Lambda(_to_sequence), fl.Linear(width, width)]
+    return [fl.Conv2d(width, width, kernel_size=1), fl.Lambda(_to_sequence)]
+
+
+def _picture_projection(width: int, spec: UNetSpec) -> list[fl.Module]:
+    to_picture = fl.Chain(
+        fl.Transpose(1, 2),
+        fl.Parallel(fl.Identity(), fl.UseContext("flatten", "sizes").compose(_pop)),
+        fl.Unflatten(dim=-1),
+    )
+    if spec.has_linear_projection:
+        return [to_picture, fl.Linear(width, width)]
+    return [fl.Conv2d(width, width, kernel_size=1), to_picture]
+
+
+def _push_size(sizes: list[torch.Size], x: Tensor) -> None:
+    sizes.append(x.shape[2:])
+
+
+def _to_sequence(x: Tensor) -> Tensor:
+    return x.flatten(2).transpose(1, 2)
+
+
+def _block(in_channels: int, level: int, spec: UNetSpec) -> Iterator[fl.Module]:
+    width, num_layers = spec.channels[level], spec.transformer_layers[level]
+    yield ResidualBlock(in_channels, width, spec)
+    if num_layers:
+        yield SpatialTransformer(width, num_layers, spec.num_heads[level], spec)
+
+
+class DownBlocks(fl.Chain):
+    """The way down: each step leaves its output for the way up."""
+
+    def __init__(self, spec: UNetSpec) -> None:
+        steps: list[list[fl.Module]] = [[fl.Conv2d(spec.in_channels, spec.channels[0], kernel_size=3, padding=1)]]
+        width = spec.channels[0]
+        for level, next_width in enumerate(spec.channels):
+            for _ in range(spec.blocks_per_level):
+                steps.append([*_block(width, level, spec)])
+                width = next_width
+            if level < len(spec.channels) - 1:
+                steps.append([fl.Downsample(width, scale_factor=2, padding=1)])
+        super().__init__(fl.Chain(*step, fl.SetContext("unet", "residuals", callback=_push)) for step in steps)
+
+
+class MiddleBlock(fl.Chain):
+    """The lowest resolution: two residual blocks around a transformer."""
+
+    def __init__(self, spec: UNetSpec) -> None:
+        width = spec.channels[-1]
+        num_layers = max(1, spec.transformer_layers[spec.middle_level])
+        super().__init__(
+            ResidualBlock(width, width, spec),
+            SpatialTransformer(width, num_layers, spec.num_heads[-1], spec),
+            ResidualBlock(width, width, spec),
+        )
+
+
+class UpBlocks(fl.Chain):
+    """The way up: each step takes in what the matching step of the way down left."""
+
+    def __init__(self, spec: UNetSpec) -> None:
+        skips, width = spec.skip_channels, spec.channels[-1]
+        steps: list[list[fl.Module]] = []
+        for level in reversed(range(len(spec.channels))):
+            for _ in range(spec.blocks_per_level + 1):
+                steps.append([*_block(width + skips.pop(), level, spec)])
+                width = spec.channels[level]
+            if level > 0:
+                steps[-1].append(fl.Upsample(width))
+        super().__init__(
+            fl.Chain(
+                fl.Concatenate(fl.Identity(), fl.UseContext("unet", "residuals").compose(_pop), dim=1),
+                *step,
+            )
+            for step in steps
+        )
+
+
+class OutputBlock(fl.Chain):
+    """From the features of the last step to the prediction."""
+
+    def __init__(self, spec: UNetSpec) -> None:
+        super().__init__(
+            fl.GroupNorm(spec.channels[0], spec.norm_groups),
+            fl.SiLU(),
+            fl.Conv2d(spec.channels[0], spec.out_channels, kernel_size=3, padding=1),
+        )
+
+
+class UNet(fl.Chain):
+    """Noise, velocity or clean latents (what it was trained for) from noisy latents, a time step and a text."""
+
+    def __init__(
+        self,
+        spec: UNetSpec = SD1_UNET,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.spec = spec
+        with placed(device, dtype):
+            super().__init__(
+                fl.Passthrough(
+                    fl.UseContext("diffusion", "timestep"),
+                    TimestepEncoder(spec),
+                    fl.SetContext("unet", "time_embedding"),
+                ),
+                DownBlocks(spec),
+                MiddleBlock(spec),
+                UpBlocks(spec),
+                OutputBlock(spec),
+            )
+
+    def init_context(self) -> Contexts:
+        return {"unet": {"residuals": []}, "flatten": {"sizes": []}}
+
+    def set_timestep(self, timestep: Tensor) -> None:
+        """Set the time step of the next call, (B,) or (1,), 0 … 999."""
+        self.set_context("diffusion", {"timestep": timestep})
+
+    def set_clip_text_embedding(self, clip_text_embedding: Tensor) -> None:
+        """Set the text of the next call, (B, L, text_dim)."""
+        self.set_context("cross_attention", {"text_embedding": clip_text_embedding})
+
+
+def _pop(values: list[Any]) -> Any:
+    return values.pop()
+
+
+def _push(residuals: list[Any], x: Tensor) -> None:
+    residuals.append(x)
