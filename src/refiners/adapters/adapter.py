@@ -333,11 +333,11 @@ def _refresh_up(chain: Chain) -> None:
 
 def _free_name(adapter: Adapter[Any], place: Chain | None) -> str:
     """A name for the adapter's own parameters that no other adapter in the same slot has, nor a child of the base."""
-    taken = _names_below(adapter.target).union(adapter._modules)
+    taken = _names_below(adapter.target).union(adapter._modules, adapter._parameters, adapter._buffers)
     slot = None if place is None else place.slot_of(adapter.target)
     for outer in () if place is None else (place, *place.get_parents()):
         if isinstance(outer, Adapter) and outer._holder_and_slot() == (place, slot):
-            taken.update((outer._name, *outer._modules))
+            taken.update((outer._name, *outer._modules, *outer._parameters, *outer._buffers))
             place = outer.parent
             slot = None if place is None else place.slot_of(outer)
     return slots.free_slot(type(adapter).__name__, taken)

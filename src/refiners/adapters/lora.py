@@ -3,11 +3,12 @@
 Any number of updates on one layer run as one product down and one up.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
 from refiners.adapters.adapter import Adapter
 from refiners.adapters.low_rank import Conv2dLora, LinearLora, Lora, lora_for, needs_cast
@@ -143,10 +144,15 @@ class LoraAdapter(Sum, Adapter[WeightedModule]):
 
 def _have_hooks(inner: Sequence[nn.Module], loras: Sequence[Lora[Any]]) -> bool:
     """Whether someone hooked into one of these or its maps, and so wants to see it called."""
-    maps = [part for lora in loras for part in (lora, lora._modules["down"], lora._modules["up"])]
-    for module in (*inner, *cast("list[nn.Module]", maps)):
+    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+        return True
+    for module in (*inner, *loras):
         if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
             return True
+    for lora in loras:
+        for part in cast("Iterable[nn.Module]", lora._modules.values()):
+            if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
+                return True
     return False
 
 

@@ -56,7 +56,10 @@ class Lora(Module, ABC, Generic[Map]):
     @scale.setter
     def scale(self, value: float) -> None:
         self._scale = _checked_number("scale", value)
-        self.factor.fill_(self._strength)
+        if self.factor.is_inference():  # made under inference_mode, where tensors cannot be changed later
+            self._make_numbers()
+        else:
+            self.factor.fill_(self._strength)
 
     @property
     def device(self) -> torch.device:
