@@ -105,7 +105,7 @@ class Adapter(ContextModule, Generic[T]):
         place = self._find_place() if parent is None else parent.ensure_find_parent(target)
         self._check_can_inject(place)
         with transaction():
-            self._rename(_free_name(self, place))
+            self._set_state(_name=_free_name(self, place))
             if place is not None:
                 place._set_children({**place._modules, place.slot_of(target): self})
             self._settle(target)
@@ -186,9 +186,6 @@ class Adapter(ContextModule, Generic[T]):
         before = {name: getattr(self, name) for name in values}
         self.__dict__.update(values)
         record(lambda: self.__dict__.update(before))
-
-    def _rename(self, name: str) -> None:
-        self._set_state(_name=name)
 
     def _restored(self) -> None:
         if not self._is_injected and self._hole:
