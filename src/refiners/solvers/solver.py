@@ -17,6 +17,8 @@ from refiners.solvers.levels import Level, clean_weights, first_order_weights
 from refiners.solvers.params import ModelPredictionType, SolverParams, TimestepSpacing
 from refiners.solvers.schedule import Array
 
+Generators = torch.Generator | Sequence[torch.Generator] | None
+
 
 class Solver:
     """Leads noise to clean samples, step by step, with a model that predicts noise (or velocity, or the samples).
@@ -75,13 +77,12 @@ class Solver:
         # it gets the size of x. The others count x there as all noise, as in k-diffusion.
         return self.levels[0].size if self.spacing == TimestepSpacing.LEADING else self.levels[0].noise
 
-    def __call__(
-        self, x: Tensor, predicted_noise: Tensor, step: int, generator: torch.Generator | None = None
-    ) -> Tensor:
+    def __call__(self, x: Tensor, predicted_noise: Tensor, step: int, generator: Generators = None) -> Tensor:
         """Go from the level of `step` to that of the next step, or to a clean sample after the last one.
 
         predicted_noise: the output of the model, whatever `params.model_prediction_type` says that it predicts.
-        generator: source of fresh noise, where the solver needs it; it may be of another device than x.
+        generator: source of fresh noise, where the solver needs it, or one for each sample of the batch, which then
+            does not depend on its neighbours; it may be of another device than x.
         Raises IndexError if there is no such step, and ValueError for shapes that differ, tensors that are not floats,
         and steps out of order if the solver remembers.
         """
@@ -282,10 +283,15 @@ def weigh(weights: Tensor, tensors: Sequence[Tensor]) -> Tensor:
     return sum(products[1:], products[0])
 
 
-def unit_noise(like: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Unit noise of the shape, dtype and device of `like`.
+def unit_noise(like: Tensor, generator: Generators) -> Tensor:
+    """Unit noise of the shape, dtype and device of `like`, from one generator or from one for each sample.
 
     It is drawn on the generator's device and in float32, so that a seed gives the same noise in every precision.
+    Raises ValueError if there are several generators, but not one for each sample.
     """
+    if isinstance(generator, Sequence):
+        if len(generator) != like.shape[0]:
+            raise ValueError(f"{len(generator)} generators for a batch of {like.shape[0]}: give one for each sample")
+        return torch.cat([unit_noise(like[i : i + 1], each) for i, each in enumerate(generator)])
     device = like.device if generator is None else generator.device
     return torch.randn(like.shape, generator=generator, device=device, dtype=torch.float32).to(like)

@@ -93,6 +93,7 @@ class Names:
 
     rules: our path to their path, to (their path, names below it), or to None (ours only, left out on purpose).
     dropped: paths of theirs that are known and left out on purpose.
+    aliases: other paths of theirs, as in older files, and the path that each stands for; read, never written.
 
     >>> names = Names({"Layer_{n}": ("layers.{n-1}", Names({"Linear": "proj"}))}, dropped=["position_ids"])
     >>> names.to_theirs("Layer_2.Linear.weight"), names.to_ours("layers.1.proj.weight")
@@ -101,9 +102,12 @@ class Names:
     True
     """
 
-    def __init__(self, rules: "Mapping[str, Target]", dropped: Iterable[str] = ()) -> None:
+    def __init__(
+        self, rules: "Mapping[str, Target]", dropped: Iterable[str] = (), aliases: Mapping[str, str] | None = None
+    ) -> None:
         self.rules = tuple(_make_rule(ours, target) for ours, target in rules.items())
         self.dropped = tuple(_Pattern(text) for text in dropped)
+        self.aliases = tuple(_make_rule(other, path) for other, path in (aliases or {}).items())
 
     def to_theirs(self, name: str) -> str | None:
         """Their name for ours; None if it is left out on purpose. Raises UnknownNameError if no rule covers it."""
@@ -141,6 +145,15 @@ class Names:
             is_covered, renamed = rule.rename(name, is_to_theirs)
             if is_covered:
                 return True, renamed
+        return (False, None) if is_to_theirs else self._find_alias(name)
+
+    def _find_alias(self, name: str) -> tuple[bool, str | None]:
+        for alias in self.aliases:
+            is_alias, path = alias.rename(name, is_to_theirs=True)
+            if is_alias and path is not None:
+                is_covered, renamed = self._find(path, is_to_theirs=False)
+                if is_covered:
+                    return True, renamed
         return False, None
 
 

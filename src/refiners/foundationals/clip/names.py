@@ -41,4 +41,10 @@ def text_encoder_names(spec: CLIPTextSpec = CLIP_L, prefix: str = TRANSFORMERS_P
         dropped=["embeddings.position_ids"],  # 0 … 76, which older files hold
     )
     # SDXL's second encoder and whole CLIP models have a projection of the pooled text, which this tree does not
-    return Names({"": (prefix, encoder)}, dropped=["text_projection"])
+    return Names({"": (prefix, encoder)}, dropped=["text_projection"], aliases=_without_level(prefix))
+
+
+def _without_level(prefix: str) -> dict[str, str]:
+    """Files of some versions leave out the level `text_model`."""
+    outer, _, _ = prefix.rpartition("text_model")
+    return {f"{outer}{part}": f"{prefix}.{part}" for part in ("embeddings", "encoder", "final_layer_norm") if prefix}

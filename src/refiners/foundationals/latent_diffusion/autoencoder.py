@@ -13,6 +13,7 @@ from torch import Tensor
 import refiners.fluxion.layers as fl
 from refiners.fluxion.context import placed
 from refiners.fluxion.utils import image_to_tensor, tensor_to_images
+from refiners.foundationals.latent_diffusion.tiles import run_in_tiles
 
 
 @dataclass(frozen=True)
@@ -155,9 +156,17 @@ class LatentDiffusionAutoencoder(fl.Chain):
         latents = mean if noise is None else mean + noise * torch.exp(0.5 * log_variance.clamp(-30, 20))
         return latents * self.spec.latent_scale
 
-    def decode(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 height width"]:
-        """Latents to pictures in about [-1, 1]."""
-        return self.Decoder(latents / self.spec.latent_scale)
+    def decode(
+        self, latents: Float[Tensor, "b c h w"], tile_size: int | None = None
+    ) -> Float[Tensor, "b 3 height width"]:
+        """Latents to pictures in about [-1, 1].
+
+        tile_size: side in pixels of overlapping tiles, to save memory; None for pictures whole. See `run_in_tiles`.
+        """
+        latents = latents / self.spec.latent_scale
+        if tile_size is None:
+            return self.Decoder(latents)
+        return run_in_tiles(self.Decoder, latents, self.spec.downsampling_factor, tile_size)
 
     def encode_image(self, image: Image.Image) -> Float[Tensor, "1 c h w"]:
         """A PIL image to latents."""
@@ -171,6 +180,6 @@ class LatentDiffusionAutoencoder(fl.Chain):
             )
         return self.latents_to_images(x)[0]
 
-    def latents_to_images(self, x: Float[Tensor, "b c h w"]) -> list[Image.Image]:
-        """Latents to PIL images."""
-        return tensor_to_images((self.decode(x) + 1) / 2)
+    def latents_to_images(self, x: Float[Tensor, "b c h w"], tile_size: int | None = None) -> list[Image.Image]:
+        """Latents to PIL images; `tile_size` as for `decode`."""
+        return tensor_to_images((self.decode(x, tile_size) + 1) / 2)

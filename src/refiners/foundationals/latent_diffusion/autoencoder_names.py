@@ -19,7 +19,13 @@ DIFFUSERS_MIDDLE = Names(
         "Residual.SelfAttention2d.Distribute.Linear_2": "attentions.0.to_k",
         "Residual.SelfAttention2d.Distribute.Linear_3": "attentions.0.to_v",
         "Residual.SelfAttention2d.Linear": "attentions.0.to_out.0",
-    }
+    },
+    aliases={  # folders of diffusers before 0.17, Stable Diffusion 1.5's own among them
+        "attentions.0.query": "attentions.0.to_q",
+        "attentions.0.key": "attentions.0.to_k",
+        "attentions.0.value": "attentions.0.to_v",
+        "attentions.0.proj_attn": "attentions.0.to_out.0",
+    },
 )
 SINGLE_FILE_MIDDLE = Names(
     {

@@ -1,0 +1,152 @@
+"""Pictures from prompts in one call: latents, steps, mask, progress and decoding around a latent diffusion model."""
+
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from refiners.foundationals.latent_diffusion.model import LatentDiffusionModel
+from refiners.solvers import Solver, solver_by_name
+from refiners.solvers.solver import unit_noise
+
+
+class GenerationCancelled(Exception):
+    """A callback asked to stop; no pictures were made."""
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What a callback is told after each step.
+
+    number: 1 … count.  latents: (B, C, h, w), at the level of the next step.
+    clean: the latents as they would be in the end, by the prediction of this step.
+    """
+
+    number: int
+    count: int
+    latents: Tensor
+    clean: Tensor
+    model: LatentDiffusionModel
+
+    def preview(self) -> list[Image.Image]:
+        """The pictures as they would be in the end, by the prediction of this step. Costs a decoding."""
+        return self.model.lda.latents_to_images(self.clean)
+
+
+class TextToImage(LatentDiffusionModel):
+    """A latent diffusion model that makes pictures in one call."""
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompt: str | Sequence[str],
+        negative_prompt: str | Sequence[str] = "",
+        *,
+        seed: int | Sequence[int] = 0,
+        num_inference_steps: int | None = None,
+        condition_scale: float = 7.5,
+        solver: Solver | str | None = None,
+        size: tuple[int, int] | None = None,
+        init_image: Image.Image | None = None,
+        strength: float = 0.75,
+        mask: Image.Image | None = None,
+        tile_size: int | None = None,
+        on_step: Callable[[StepReport], bool | None] | None = None,
+        show_progress: bool = True,
+    ) -> list[Image.Image]:
+        """Make pictures, as one batch. The model's own solver stays as it was.
+
+        prompt, negative_prompt, seed: one for all pictures, or one for each. A picture depends on its own only.
+        num_inference_steps: None for as many as the model's solver has, 30 by default.
+        condition_scale: of classifier-free guidance, 1 for none.
+        solver: a name as in `refiners.solvers.SOLVERS`, a solver, or None for the model's.
+        size: height and width in pixels; None for that of `init_image`, or else of the pictures it was trained on.
+        init_image: start from this picture, with noise of `strength`, in (0, 1], of the whole way.
+        mask: keep `init_image` where it is black.
+        tile_size: side in pixels of the tiles in which pictures are decoded, to save memory; None for whole.
+        on_step: called after each step; no more steps are taken once it returns False.
+        Raises ValueError for what does not fit the model, GenerationCancelled if `on_step` returned False.
+        """
+        rows = _rows(prompt, negative_prompt, seed)
+        _check_pictures(init_image, strength, mask)
+        size = size or self._size_for(init_image)
+        self.latents_size(size)
+        before = self.solver
+        self.solver = self._solver_for(solver, num_inference_steps, 1.0 if init_image is None else strength)
+        try:
+            prompts, negatives, seeds = zip(*rows, strict=True)
+            generators = [torch.Generator().manual_seed(each) for each in seeds]
+            text = self.compute_text_embedding(prompts, negatives)
+            noise = unit_noise(self._like(len(rows), self.latents_size(size)), generators)
+            x = self.init_latents(size, None if strength == 1 else init_image, noise)
+            after_step = self.prepare_mask(init_image, mask, size, noise) if init_image and mask else None
+            with _progress(len(self.steps), show_progress) as advance:
+                for number, step in enumerate(self.steps, start=1):
+                    predicted = self.predict_noise(x, step, text, condition_scale)
+                    clean = self.solver.predict_clean(x, predicted, step) if on_step else x
+                    x = self.solver(x, predicted, step=step, generator=generators)
+                    x = after_step(x, step) if after_step else x
+                    advance()
+                    if on_step and on_step(StepReport(number, len(self.steps), x, clean, self)) is False:
+                        raise GenerationCancelled(f"on_step returned False after step {number} of {len(self.steps)}")
+            return self.lda.latents_to_images(x, tile_size=tile_size)
+        finally:
+            self.solver = before
+
+    def _size_for(self, image: Image.Image | None) -> tuple[int, int]:
+        if image is None:
+            return self.spec.default_size, self.spec.default_size
+        factor = self.lda.spec.downsampling_factor
+        return max(image.height // factor, 1) * factor, max(image.width // factor, 1) * factor
+
+    def _solver_for(self, solver: Solver | str | None, num_inference_steps: int | None, strength: float) -> Solver:
+        count = self.solver.num_inference_steps if num_inference_steps is None else num_inference_steps
+        if isinstance(solver, str):
+            return solver_by_name(solver)(count, _left_out(count, strength), params=self.spec.solver_params)
+        return (solver or self.solver).rebuild(count, first_inference_step=_left_out(count, strength))
+
+
+def _left_out(count: int, strength: float) -> int:
+    return count - max(int(count * strength), 1)
+
+
+def _rows(
+    prompt: str | Sequence[str], negative_prompt: str | Sequence[str], seed: int | Sequence[int]
+) -> list[tuple[str, str, int]]:
+    """Prompt, negative prompt and seed of each picture."""
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    negatives = [negative_prompt] if isinstance(negative_prompt, str) else list(negative_prompt)
+    seeds = [seed] if isinstance(seed, int) else list(seed)
+    columns: list[list[Any]] = [prompts, negatives, seeds]
+    count = max(map(len, columns))
+    if any(len(column) not in (1, count) for column in columns):
+        raise ValueError(
+            f"{len(prompts)} prompts, {len(negatives)} negative prompts and {len(seeds)} seeds: give one of each, or "
+            "as many as there are pictures"
+        )
+    return list(zip(*(column * (count // len(column)) for column in columns), strict=True))
+
+
+def _check_pictures(init_image: Image.Image | None, strength: float, mask: Image.Image | None) -> None:
+    if not 0 < strength <= 1:
+        raise ValueError(
+            f"strength is {strength}, but should be above 0 (the picture as it is) and at most 1 (all new)"
+        )
+    if mask is not None and init_image is None:
+        raise ValueError("a mask says what to keep of init_image, but there is none: give both")
+
+
+@contextmanager
+def _progress(count: int, is_shown: bool) -> Generator[Callable[[], None]]:
+    if not is_shown:
+        yield lambda: None
+        return
+    from rich.progress import Progress
+
+    with Progress(transient=True) as progress:
+        task = progress.add_task("denoising", total=count)
+        yield lambda: progress.advance(task)

@@ -1,0 +1,199 @@
+"""A latent diffusion model (arXiv 2112.10752): a text encoder, a UNet that denoises latents, and an autoencoder.
+
+Latents are (B, 4, H / 8, W / 8). Text embeddings are (2 P, L, D): those of P negative prompts, then of P prompts.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional
+
+import refiners.fluxion.layers as fl
+from refiners.fluxion.utils import image_to_tensor
+from refiners.foundationals.latent_diffusion.autoencoder import LatentDiffusionAutoencoder
+from refiners.foundationals.latent_diffusion.specs import StableDiffusionSpec
+from refiners.foundationals.latent_diffusion.unet import UNet
+from refiners.solvers import DPMSolver, Solver
+from refiners.solvers.solver import Generators, unit_noise
+
+DEFAULT_STEPS = 30
+
+
+class LatentDiffusionModel(fl.Module, ABC):
+    """From noise to latents, step by step, led by a text.
+
+    unet, lda: None for new ones of the spec's sizes, on `device` and in `dtype`.
+    solver: None for DPM-Solver++ with 30 steps.
+    """
+
+    def __init__(
+        self,
+        spec: StableDiffusionSpec,
+        unet: UNet | None,
+        lda: LatentDiffusionAutoencoder | None,
+        solver: Solver | None,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        self.spec = spec
+        self.unet = unet or UNet(spec.unet, device=device, dtype=dtype)
+        self.lda = lda or LatentDiffusionAutoencoder(spec.autoencoder, device=device, dtype=dtype)
+        self.solver = solver or DPMSolver(DEFAULT_STEPS, params=spec.solver_params)
+
+    if TYPE_CHECKING:
+
+        def __call__(
+            self,
+            x: Tensor,
+            step: int,
+            *,
+            clip_text_embedding: Tensor,
+            condition_scale: float = 7.5,
+            generator: Generators = None,
+        ) -> Tensor: ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where the UNet lies."""
+        return self.unet.device or torch.device("cpu")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The number format of the UNet."""
+        return self.unet.dtype or torch.get_default_dtype()
+
+    @property
+    def steps(self) -> list[int]:
+        """The solver's steps, in order."""
+        return self.solver.inference_steps
+
+    def set_num_inference_steps(self, num_steps: int) -> None:
+        """Take as many steps from noise to picture. Raises ValueError unless it is 1 … 1000."""
+        self.set_inference_steps(num_steps)
+
+    def set_inference_steps(self, num_steps: int, first_step: int = 0) -> None:
+        """Divide the way from noise to picture into steps, and leave out the first ones, to start from a picture."""
+        self.solver = self.solver.rebuild(num_steps, first_inference_step=first_step)
+
+    @abstractmethod
+    def compute_text_embedding(self, text: str | Sequence[str], negative_text: str | Sequence[str] = "") -> Tensor:
+        """Encode P prompts, and as many negative ones or one for all: (2 P, L, D), the negative ones first."""
+
+    def forward(
+        self,
+        x: Tensor,
+        step: int,
+        *,
+        clip_text_embedding: Tensor,
+        condition_scale: float = 7.5,
+        generator: Generators = None,
+    ) -> Tensor:
+        predicted_noise = self.predict_noise(x, step, clip_text_embedding, condition_scale)
+        return self.solver(x, predicted_noise, step=step, generator=generator)
+
+    def predict_noise(self, x: Tensor, step: int, clip_text_embedding: Tensor, condition_scale: float = 7.5) -> Tensor:
+        """The UNet's prediction with classifier-free guidance (arXiv 2207.12598, eq. 6), both halves in one batch.
+
+        x: (B, C, h, w) at the level of `step`.  clip_text_embedding: (2 B, L, D), or (2, L, D) for all B pictures.
+        condition_scale: 1 is no guidance; the negative half is left out then.
+        """
+        text = self._one_text_per_picture(x, clip_text_embedding)
+        x = self._model_input(self.solver.scale_model_input(x, step))
+        timestep = self.solver.timesteps[step].reshape(1).to(x.device)
+        if condition_scale == 1:
+            return self._run_unet(x, timestep, text.chunk(2)[1])
+        negative, positive = self._run_unet(torch.cat([x, x]), timestep, text).chunk(2)
+        return negative + condition_scale * (positive - negative)
+
+    def _run_unet(self, x: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+        self.unet.set_timestep(timestep)
+        self.unet.set_clip_text_embedding(text)
+        return self.unet(x)
+
+    def _model_input(self, x: Tensor) -> Tensor:
+        """What the UNet sees for latents x."""
+        return x
+
+    def _one_text_per_picture(self, x: Tensor, clip_text_embedding: Tensor) -> Tensor:
+        texts, pictures = clip_text_embedding.shape[0], x.shape[0]
+        if texts not in (2, 2 * pictures):
+            raise ValueError(
+                f"{pictures} pictures need a text embedding of batch {2 * pictures} (negative prompts, then prompts) "
+                f"or 2, but it is {texts}: make it with compute_text_embedding"
+            )
+        return clip_text_embedding if texts == 2 * pictures else clip_text_embedding.repeat_interleave(pictures, dim=0)
+
+    def init_latents(
+        self,
+        size: tuple[int, int],
+        init_image: Image.Image | None = None,
+        noise: Tensor | None = None,
+        generator: Generators = None,
+    ) -> Tensor:
+        """Latents to start from, at the level of the first step: noise, or a picture with noise on it.
+
+        size: height and width in pixels; `init_image` is resized to it.
+        noise: (B, C, H / 8, W / 8) of unit variance; None draws it, for one picture or for each of several generators.
+        Raises ValueError if a side is not a multiple of the downsampling factor (8).
+        """
+        shape = self.latents_size(size)
+        if noise is None:
+            count = len(generator) if isinstance(generator, Sequence) else 1
+            noise = unit_noise(self._like(count, shape), generator)
+        if init_image is None:
+            return noise * self.solver.initial_noise_scale
+        clean = self.lda.encode_image(resized(init_image, size)).expand_as(noise)
+        return self.solver.add_noise(clean, noise, step=self.solver.first_inference_step)
+
+    def latents_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """The height and width of latents for a picture's. Raises ValueError if they are not whole numbers."""
+        height, width = size
+        factor = self.lda.spec.downsampling_factor
+        if height % factor or width % factor or height <= 0 or width <= 0:
+            raise ValueError(
+                f"a picture of {width}x{height} has no whole number of latents: sides must be multiples of {factor}, "
+                f"such as {max(width // factor, 1) * factor}x{max(height // factor, 1) * factor}"
+            )
+        return height // factor, width // factor
+
+    def prepare_mask(
+        self, init_image: Image.Image, mask: Image.Image, size: tuple[int, int], noise: Tensor
+    ) -> Callable[[Tensor, int], Tensor]:
+        """Get ready to keep `init_image` where `mask` is black; returns what to do with x after each step.
+
+        The kept part goes back to where it was, at the level of the next step; noise: what x started from.
+        """
+        kept = self.lda.encode_image(resized(init_image, size)).expand_as(noise)
+        is_new = functional.interpolate(mask_to_tensor(mask, size), size=noise.shape[2:]).to(noise)
+
+        def keep(x: Tensor, step: int) -> Tensor:
+            is_last = step == self.steps[-1]
+            around = kept if is_last else self.solver.add_noise(kept, noise, step=step + 1)
+            return is_new * x + (1 - is_new) * around
+
+        return keep
+
+    def _like(self, count: int, size: tuple[int, int]) -> Tensor:
+        channels = self.lda.spec.latent_channels
+        return torch.empty(count, channels, *size, device=self.device, dtype=self.dtype)
+
+
+def resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """The picture in RGB, of that height and width."""
+    height, width = size
+    image = image.convert("RGB")
+    return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.LANCZOS)
+
+
+def mask_to_tensor(mask: Image.Image, size: tuple[int, int]) -> Tensor:
+    """A mask as (1, 1, H, W): 1 where it is white, half or more, else 0."""
+    height, width = size
+    grey = mask.convert("L")
+    if grey.size != (width, height):
+        grey = grey.resize((width, height), Image.Resampling.NEAREST)
+    return (image_to_tensor(grey) >= 0.5).float()

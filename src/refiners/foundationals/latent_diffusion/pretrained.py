@@ -1,0 +1,87 @@
+"""Where models come from and go to: a folder in diffusers' layout, a single file, the hub, or the package itself."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from refiners.foundationals.latent_diffusion import diffusers_folder, single_file
+from refiners.foundationals.latent_diffusion.diffusers_folder import DiffusersFolder, Fetch
+from refiners.foundationals.latent_diffusion.single_file import SingleFile
+from refiners.foundationals.latent_diffusion.specs import StableDiffusionSpec
+from refiners.weights.matching import Shapes
+
+SINGLE_FILE_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+
+
+class Source(Protocol):
+    """What a model can be loaded from."""
+
+    def spec(self, default: StableDiffusionSpec) -> StableDiffusionSpec: ...
+
+    def read(self, spec: StableDiffusionSpec, shapes: Shapes) -> dict[str, Tensor]: ...
+
+
+def find_source(where: Path | str, revision: str | None = None) -> Source:
+    """The source of that name. Raises FileNotFoundError if nothing is there."""
+    path = Path(where)
+    if path.is_dir():
+        return DiffusersFolder(str(path), _fetch_from(path))
+    if path.is_file() or path.suffix in SINGLE_FILE_SUFFIXES:
+        return SingleFile(path)
+    if isinstance(where, Path) or str(where).count("/") != 1:
+        raise FileNotFoundError(
+            f"{str(where)!r} is no folder, no file and no repository of the hub (such as 'owner/name'); check the path"
+        )
+    return DiffusersFolder(f"{where} on the hub", _fetch_from_hub(str(where), revision))
+
+
+def fill(model: nn.Module, tensors: dict[str, Tensor], device: torch.device, dtype: torch.dtype) -> None:
+    """Give a model on the meta device its tensors, which it then holds without a copy where none is needed."""
+    for name in tensors:
+        tensors[name] = tensors[name].to(device=device, dtype=dtype)
+    model.load_state_dict(tensors, assign=True)
+
+
+def save(
+    where: Path | str, spec: StableDiffusionSpec, tensors: Mapping[str, Tensor], dtype: torch.dtype | None
+) -> None:
+    """Write tensors with our names as a single file or as a folder, as the name of `where` says."""
+    path = Path(where)
+    if path.suffix == ".safetensors":
+        single_file.write(path, spec, tensors, dtype)
+    elif path.suffix in SINGLE_FILE_SUFFIXES or path.is_file():
+        raise ValueError(f"{path}: models are written as .safetensors or as a folder; choose another name")
+    else:
+        diffusers_folder.write(path, spec, tensors, dtype)
+
+
+def _fetch_from(folder: Path) -> Fetch:
+    return lambda name: folder / name if (folder / name).is_file() else None
+
+
+def _fetch_from_hub(repository: str, revision: str | None) -> Fetch:
+    from huggingface_hub import hf_hub_download  # pyright: ignore[reportUnknownVariableType]  # its tqdm is bare
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+
+    def fetch(name: str) -> Path | None:
+        try:
+            return Path(hf_hub_download(repository, name, revision=revision))
+        except LocalEntryNotFoundError as error:
+            if name == "unet/config.json":
+                raise FileNotFoundError(
+                    f"{repository}: not in the hub's cache, and the hub cannot be reached; connect once, or give the "
+                    "path of a folder or file"
+                ) from error
+            return None
+        except EntryNotFoundError:
+            return None
+        except HfHubHTTPError as error:
+            raise FileNotFoundError(
+                f"{repository}: the hub has no such repository or revision that you may read ({error}); check the "
+                "name, and log in if it is private"
+            ) from error
+
+    return fetch
