@@ -22,6 +22,7 @@ def placed(device: torch.device | str | None = None, dtype: torch.dtype | None =
     """Build layers on `device` and in `dtype`, without naming them at each layer.
 
     None leaves the ambient choice (an outer `placed`, or torch's default) as it is.
+    Raises RuntimeError for a device that this machine, or this build of torch, does not have.
 
     >>> with placed(device="meta", dtype=torch.float16):
     ...     torch.empty(2).dtype, torch.empty(2).device.type
@@ -30,8 +31,20 @@ def placed(device: torch.device | str | None = None, dtype: torch.dtype | None =
     before = torch.get_default_dtype()
     with ExitStack() as stack:
         if device is not None:
+            check_is_available(device)
             stack.enter_context(torch.device(device))
         if dtype is not None:
             torch.set_default_dtype(dtype)
             stack.callback(torch.set_default_dtype, before)
         yield
+
+
+def check_is_available(device: torch.device | str) -> None:
+    """Raise RuntimeError, in plain words, if this machine or this build of torch has no such device."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # which one depends on the kind of device
+        raise RuntimeError(
+            f"device {str(device)!r} is not available on this machine or in this build of torch "
+            f"({str(error).splitlines()[0]}); try device='cpu'"
+        ) from error

@@ -7,8 +7,10 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from refiners.fluxion.context import check_is_available
 from refiners.foundationals.latent_diffusion import diffusers_folder, single_file
 from refiners.foundationals.latent_diffusion.diffusers_folder import DiffusersFolder, Fetch
+from refiners.foundationals.latent_diffusion.parts_folder import PART_FILES, PartsFolder
 from refiners.foundationals.latent_diffusion.single_file import SingleFile
 from refiners.foundationals.latent_diffusion.specs import StableDiffusionSpec
 from refiners.weights.matching import Shapes
@@ -27,6 +29,8 @@ class Source(Protocol):
 def find_source(where: Path | str, revision: str | None = None) -> Source:
     """The source of that name. Raises FileNotFoundError if nothing is there."""
     path = Path(where)
+    if (path / PART_FILES["unet"]).is_file():
+        return PartsFolder(path)
     if path.is_dir():
         return DiffusersFolder(str(path), _fetch_from(path))
     if path.is_file() or path.suffix in SINGLE_FILE_SUFFIXES:
@@ -40,6 +44,7 @@ def find_source(where: Path | str, revision: str | None = None) -> Source:
 
 def fill(model: nn.Module, tensors: dict[str, Tensor], device: torch.device, dtype: torch.dtype) -> None:
     """Give a model on the meta device its tensors, which it then holds without a copy where none is needed."""
+    check_is_available(device)
     for name in tensors:
         tensors[name] = tensors[name].to(device=device, dtype=dtype)
     model.load_state_dict(tensors, assign=True)
