@@ -1,4 +1,4 @@
-"""Models from files and to files: what is loaded is what was saved, and what does not fit is refused in one sentence."""
+"""Models from files and to files: what is loaded is what was saved; what does not fit is refused in one sentence."""
 
 import json
 import shutil
@@ -260,7 +260,7 @@ def test_missing_extra_misshapen_and_broken_tensors_are_named_together(file: Pat
         tensors["first_stage_model.quant_conv.bias"][0] = torch.nan
 
     change(file, spoil)
-    with pytest.raises(ValueError, match="sd.safetensors: ") as error:
+    with pytest.raises(ValueError, match=r"sd.safetensors: ") as error:
         load(file)
     text = str(error.value)
     assert f"1 tensors have no place (first: 'model.diffusion_model.out.3.bias', the nearest is '{name}')" in text
@@ -303,10 +303,10 @@ def test_damaged_folders_are_refused(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"vae/config.json: this is not JSON"):
         load(folder)
     (folder / "vae/config.json").write_text("{}")
-    with pytest.raises(ValueError, match="a config.json has no entry 'block_out_channels'"):
+    with pytest.raises(ValueError, match=r"a config.json has no entry 'block_out_channels'"):
         load(folder)
     (folder / "vae/config.json").unlink()
-    with pytest.raises(FileNotFoundError, match="there is no vae/config.json"):
+    with pytest.raises(FileNotFoundError, match=r"there is no vae/config.json"):
         load(folder)
 
 
