@@ -1,13 +1,13 @@
-"""`python -m bench [chains loras imports]`: print every figure beside its bound; exit 1 if one is not kept."""
+"""`python -m bench [chains loras imports diffusion]`: print figures beside their bounds; exit 1 if one is not kept."""
 
 import sys
 
 import torch
 
-from bench import chains, imports, loras
+from bench import chains, diffusion, imports, loras
 from bench.timing import print_rows
 
-SUITES = {"chains": chains.rows, "loras": loras.rows, "imports": imports.rows}
+SUITES = {"chains": chains.rows, "loras": loras.rows, "imports": imports.rows, "diffusion": diffusion.rows}
 
 
 def main(names: list[str]) -> int:

@@ -40,8 +40,9 @@ class Lora(Module, ABC, Generic[Map]):
         self.register_buffer("alpha", None)
         self.register_buffer("factor", None, persistent=False)
         self._make_numbers()
-        nn.init.normal_(self.down.weight, std=1 / self.rank)
-        nn.init.zeros_(self.up.weight)
+        if not self.down.weight.is_meta:  # weights that come later need no start, and torch is slow to give none
+            nn.init.normal_(self.down.weight, std=1 / self.rank)
+            nn.init.zeros_(self.up.weight)
 
     @property
     @abstractmethod
@@ -346,6 +347,17 @@ def lora_for(
         padding_mode=layer.padding_mode,
         **where,
     )
+
+
+def lora_from_weights(
+    layer: nn.Linear | nn.Conv2d, name: str, down: Tensor, up: Tensor, scale: float, alpha: float
+) -> Lora[Any]:
+    """An update for a layer of given weights, which it takes as they are; geometry as in `lora_for`.
+
+    down (rank, in) and up (out, rank); for a convolution (rank, in, h, w), with its kernel, and (out, rank, 1, 1).
+    """
+    lora = lora_for(layer, name, down.shape[0], scale, alpha, device="meta", dtype=down.dtype)
+    return _with_weights(lora, down, up)
 
 
 def needs_cast(x: Tensor, dtype: torch.dtype) -> bool:

@@ -275,7 +275,7 @@ def test_missing_extra_misshapen_and_broken_tensors_are_named_together(file: Pat
 )
 def test_a_file_without_one_of_the_parts_is_refused(file: Path, part: str, what: str) -> None:
     change(file, lambda tensors: [tensors.pop(name) for name in list(tensors) if name.startswith(part)])
-    with pytest.raises(ValueError, match=f"this file has no {what}"):
+    with pytest.raises(ValueError, match=f"no whole Stable Diffusion 1, as there is no {what} in it"):
         load(file)
 
 
@@ -314,6 +314,13 @@ def test_a_folder_without_weights_is_refused(folder: Path) -> None:
     (folder / "unet/diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"no weights, such as unet/diffusion_pytorch_model.safetensors"):
         load(folder)
+
+
+def test_files_of_other_kinds_are_called_what_they_are(tmp_path: Path) -> None:
+    save_file({"lora_unet_mid_block_attentions_0_proj_in.lora_down.weight": torch.ones(4, 8, 1, 1)}, tmp_path / "lora")
+    (tmp_path / "lora").rename(tmp_path / "lora.safetensors")
+    with pytest.raises(ValueError, match="no UNet, no autoencoder, no text encoder in it, but LoRA"):
+        StableDiffusion_1.from_pretrained(tmp_path / "lora.safetensors")
 
 
 def test_truncated_files_and_files_with_code_are_refused(file: Path, tmp_path: Path) -> None:

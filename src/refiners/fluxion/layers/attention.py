@@ -7,11 +7,10 @@ from torch.nn import functional as F
 from refiners.fluxion.context import Contexts, placed
 from refiners.fluxion.layers.chain import Chain
 from refiners.fluxion.layers.combinators import Distribute, Parallel
-from refiners.fluxion.layers.contexts import SetContext, UseContext
-from refiners.fluxion.layers.functional import Identity, Lambda
+from refiners.fluxion.layers.flattening import keep_size, to_picture, to_sequence
+from refiners.fluxion.layers.functional import Identity
 from refiners.fluxion.layers.linear import Linear
 from refiners.fluxion.layers.module import Module, single_output
-from refiners.fluxion.layers.shapes import Permute, Unflatten
 
 
 @single_output
@@ -165,23 +164,9 @@ class SelfAttention2d(SelfAttention):
             device=device,
             dtype=dtype,
         )
-        self.insert(0, SetContext("flatten", "sizes", callback=_push_size))
-        self.insert(1, Lambda(_to_sequence))
-        self.append(Permute(0, 2, 1))
-        self.append(Parallel(Identity(), UseContext("flatten", "sizes").compose(_pop_size)))
-        self.append(Unflatten(dim=-1))
+        self.insert(0, keep_size())
+        self.insert(1, to_sequence())
+        self.append(to_picture())
 
     def init_context(self) -> Contexts:
         return {"flatten": {"sizes": []}}
-
-
-def _to_sequence(x: Tensor) -> Tensor:
-    return x.flatten(2).transpose(1, 2)
-
-
-def _push_size(sizes: list[torch.Size], x: Tensor) -> None:
-    sizes.append(x.shape[2:])
-
-
-def _pop_size(sizes: list[torch.Size]) -> torch.Size:
-    return sizes.pop()

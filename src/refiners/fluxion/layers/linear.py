@@ -26,6 +26,11 @@ class Linear(nn.Linear, WeightedModule):
     ) -> None:
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
 
+    def reset_parameters(self) -> None:
+        """As in torch; on the meta device nothing is done, as there are no values and torch is slow to give none."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
     def forward(self, input: Tensor) -> Tensor:
         # `self.weight` is a failed look-up and a call of torch's __getattr__, as dear as the rest of a small layer
         try:

@@ -65,11 +65,16 @@ class DiffusersFolder:
         )
 
     def read(self, spec: StableDiffusionSpec, shapes: Shapes) -> dict[str, Tensor]:
-        """All tensors, by our names. Raises ValueError, FileNotFoundError if they are not those of the model."""
+        """The tensors of the parts in `shapes`, by our names.
+
+        Raises ValueError, FileNotFoundError if they are not those of the model.
+        """
         tensors: dict[str, Tensor] = {}
         for part in PARTS:
             prefix = f"{part.ours}."
             below = {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
+            if not below:
+                continue
             where, found = self._weights(part)
             matched = match_all(found, part.names(spec), below, where)
             tensors |= {prefix + name: tensor for name, tensor in matched.items()}

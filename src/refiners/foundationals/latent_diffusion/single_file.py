@@ -11,6 +11,7 @@ from refiners.foundationals.clip.names import SINGLE_FILE_PREFIX, text_encoder_n
 from refiners.foundationals.latent_diffusion import autoencoder_names, unet_names
 from refiners.foundationals.latent_diffusion.specs import StableDiffusionSpec
 from refiners.weights.files import read_safetensors, read_torch, write_safetensors
+from refiners.weights.formats import identify
 from refiners.weights.matching import Shapes, match_all
 from refiners.weights.rules import Names
 
@@ -56,12 +57,14 @@ class SingleFile:
 
     def read(self, spec: StableDiffusionSpec, shapes: Shapes) -> dict[str, Tensor]:
         """All tensors, by our names. Raises ValueError if they are not those of the model."""
-        for part, what in ((UNET, "UNet"), (AUTOENCODER, "autoencoder"), (TEXT_ENCODER, "text encoder")):
-            if not any(name.startswith(f"{part}.") for name in self.tensors):
-                raise ValueError(
-                    f"{self.path}: this file has no {what} (no tensor below {part!r}), so it is no whole Stable "
-                    "Diffusion 1; load its parts one by one, or take another file"
-                )
+        parts = {UNET: "UNet", AUTOENCODER: "autoencoder", TEXT_ENCODER: "text encoder"}
+        lost = [what for part, what in parts.items() if not any(name.startswith(f"{part}.") for name in self.tensors)]
+        if lost:
+            identity = identify({name: tuple(tensor.shape) for name, tensor in self.tensors.items()})
+            raise ValueError(
+                f"{self.path}: no whole Stable Diffusion 1, as there is no {', no '.join(lost)} in it, but {identity}; "
+                "give another file, or load it as what it is"
+            )
         return match_all(self.tensors, names(spec), shapes, str(self.path))
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from PIL import Image
@@ -67,7 +67,7 @@ class StableDiffusion_1(TextToImage):
         revision: str | None = None,
         spec: StableDiffusionSpec | None = None,
     ) -> Self:
-        """Load a model whole, or not at all.
+        """Load a model whole, or not at all; one whose UNet takes 9 channels as `StableDiffusion_1_Inpainting`.
 
         where: a folder in diffusers' layout; a single `.safetensors` or `.ckpt` file, as on Civitai; or the name of a
             repository on the Hugging Face hub, which is fetched once and then found in the hub's cache.
@@ -78,7 +78,8 @@ class StableDiffusion_1(TextToImage):
         """
         source = pretrained.find_source(where, revision)
         spec = spec or source.spec(cls.default_spec)
-        model = cls(device="meta", spec=spec)
+        is_inpainting = spec.unet.in_channels == SD1_INPAINTING.unet.in_channels
+        model: Any = (StableDiffusion_1_Inpainting if is_inpainting else cls)(device="meta", spec=spec)
         tensors = source.read(spec, {name: tensor.shape for name, tensor in model.state_dict().items()})
         pretrained.fill(model, tensors, torch.device(device or "cpu"), dtype or torch.get_default_dtype())
         return model

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import refiners.fluxion.layers as fl
 from refiners.fluxion.context import Contexts, placed
+from refiners.fluxion.layers.flattening import keep_size, to_picture, to_sequence
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class UNetSpec:
     transformer_layers: how many transformer layers follow each residual block of a level; 0 for none.
     num_heads: attention heads of each level.
     has_linear_projection: whether the transformers' projections are linear layers rather than 1x1 convolutions.
+    position_frequencies: how many waves along each side tell a position where it lies; 0, as in Stable Diffusion: none.
     """
 
     channels: tuple[int, ...] = (320, 640, 1280, 1280)
@@ -35,6 +37,7 @@ class UNetSpec:
     out_channels: int = 4
     norm_groups: int = 32
     has_linear_projection: bool = False
+    position_frequencies: int = 0
 
     def __post_init__(self) -> None:
         sizes = {len(self.channels), len(self.transformer_layers), len(self.num_heads)}
@@ -95,6 +98,39 @@ class Sinusoids(fl.Module):
 
     def extra_repr(self) -> str:
         return str(self.width)
+
+
+class PositionEncoder(fl.Residual):
+    """Adds where in the picture each position lies, as waves along its height and width: (B, C, h, w) to the same."""
+
+    def __init__(self, spec: UNetSpec) -> None:
+        super().__init__(
+            Waves(spec.position_frequencies),
+            fl.Conv2d(4 * spec.position_frequencies, spec.channels[0], kernel_size=1),
+        )
+
+
+class Waves(fl.Module):
+    """cos and sin of π k y and π k x, for k = 1 … count; y and x go from 0 to 1: (B, C, h, w) to (B, 4 count, h, w)."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.count = count
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[2:]
+        rows = self._along(height, x)[:, :, None].expand(-1, -1, width)
+        columns = self._along(width, x)[:, None, :].expand(-1, height, -1)
+        return torch.cat([rows, columns]).expand(x.shape[0], -1, -1, -1)
+
+    def _along(self, size: int, like: Tensor) -> Tensor:
+        middles = (torch.arange(size, device=like.device, dtype=torch.float32) + 0.5) / size
+        numbers = torch.arange(1, self.count + 1, device=like.device, dtype=torch.float32)
+        angles = math.pi * numbers[:, None] * middles
+        return torch.cat([angles.cos(), angles.sin()]).to(like.dtype)
+
+    def extra_repr(self) -> str:
+        return str(self.count)
 
 
 class ResidualBlock(fl.Sum):
@@ -167,7 +203,7 @@ class SpatialTransformer(fl.Residual):
     def __init__(self, width: int, num_layers: int, num_heads: int, spec: UNetSpec) -> None:
         super().__init__(
             fl.GroupNorm(width, spec.norm_groups, eps=1e-6),
-            fl.SetContext("flatten", "sizes", callback=_push_size),
+            keep_size(),
             *_sequence_projection(width, spec),
             *(TransformerLayer(width, num_heads, spec.text_dim) for _ in range(num_layers)),
             *reversed(_picture_projection(width, spec)),
@@ -176,27 +212,14 @@ class SpatialTransformer(fl.Residual):
 
 def _sequence_projection(width: int, spec: UNetSpec) -> list[fl.Module]:
     if spec.has_linear_projection:
-        return [fl.Lambda(_to_sequence), fl.Linear(width, width)]
-    return [fl.Conv2d(width, width, kernel_size=1), fl.Lambda(_to_sequence)]
+        return [to_sequence(), fl.Linear(width, width)]
+    return [fl.Conv2d(width, width, kernel_size=1), to_sequence()]
 
 
 def _picture_projection(width: int, spec: UNetSpec) -> list[fl.Module]:
-    to_picture = fl.Chain(
-        fl.Transpose(1, 2),
-        fl.Parallel(fl.Identity(), fl.UseContext("flatten", "sizes").compose(_pop)),
-        fl.Unflatten(dim=-1),
-    )
     if spec.has_linear_projection:
-        return [to_picture, fl.Linear(width, width)]
-    return [fl.Conv2d(width, width, kernel_size=1), to_picture]
-
-
-def _push_size(sizes: list[torch.Size], x: Tensor) -> None:
-    sizes.append(x.shape[2:])
-
-
-def _to_sequence(x: Tensor) -> Tensor:
-    return x.flatten(2).transpose(1, 2)
+        return [to_picture(), fl.Linear(width, width)]
+    return [fl.Conv2d(width, width, kernel_size=1), to_picture()]
 
 
 def _block(in_channels: int, level: int, spec: UNetSpec) -> Iterator[fl.Module]:
@@ -211,6 +234,8 @@ class DownBlocks(fl.Chain):
 
     def __init__(self, spec: UNetSpec) -> None:
         steps: list[list[fl.Module]] = [[fl.Conv2d(spec.in_channels, spec.channels[0], kernel_size=3, padding=1)]]
+        if spec.position_frequencies:
+            steps[0].append(PositionEncoder(spec))
         width = spec.channels[0]
         for level, next_width in enumerate(spec.channels):
             for _ in range(spec.blocks_per_level):

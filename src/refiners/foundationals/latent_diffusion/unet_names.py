@@ -1,6 +1,7 @@
 """What the parameters of a UNet are called in diffusers' folders and in the original single files.
 
 Both speak of the same blocks; they differ in how they number the steps down and up, and in the residual block.
+The position encoder is known to neither: the name that it gets follows those of its neighbours.
 """
 
 from refiners.foundationals.latent_diffusion.unet import UNetSpec
@@ -68,6 +69,7 @@ def diffusers_names(spec: UNetSpec) -> Names:
     rules: dict[str, Target] = {
         "Passthrough.TimestepEncoder.Linear_{n}": "time_embedding.linear_{n}",
         "DownBlocks.Chain_1.Conv2d": "conv_in",
+        "DownBlocks.Chain_1.PositionEncoder.Conv2d": "position_conv",
         "MiddleBlock.ResidualBlock_{n}": ("mid_block.resnets.{n-1}", RESIDUAL_BLOCK),
         "MiddleBlock.SpatialTransformer": ("mid_block.attentions.0", transformer(spec, spec.middle_level)),
         "OutputBlock.GroupNorm": "conv_norm_out",
@@ -101,6 +103,7 @@ def single_file_names(spec: UNetSpec) -> Names:
         "Passthrough.TimestepEncoder.Linear_1": "time_embed.0",
         "Passthrough.TimestepEncoder.Linear_2": "time_embed.2",
         "DownBlocks.Chain_1.Conv2d": "input_blocks.0.0",
+        "DownBlocks.Chain_1.PositionEncoder.Conv2d": "input_blocks.0.1",
         "DownBlocks.Chain_{n}.Downsample.Conv2d": "input_blocks.{n-1}.0.op",
         "DownBlocks.Chain_{n}.ResidualBlock": ("input_blocks.{n-1}.0", SINGLE_FILE_RESIDUAL_BLOCK),
         "MiddleBlock.ResidualBlock_1": ("middle_block.0", SINGLE_FILE_RESIDUAL_BLOCK),

@@ -1,0 +1,33 @@
+"""How commands end when something is wrong: one red line and exit code 1, or with `--debug` the whole traceback."""
+
+import sys
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Annotated
+
+import typer
+
+Debug = Annotated[bool, typer.Option("--debug", help="On an error, show where in the code it happened.")]
+_OUT_OF_MEMORY = ("out of memory", "not enough memory")  # as torch says it of a GPU and of the CPU
+
+
+@contextmanager
+def reported_errors(debug: bool) -> Generator[None]:
+    """Turn errors that a user can cause into one line on stderr and exit code 1; others are bugs, and go through."""
+    try:
+        yield
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        message = _message(error)
+        if debug or message is None:
+            raise
+        typer.secho(f"error: {message}", fg="red", err=True, color=None if sys.stderr.isatty() else False)
+        raise typer.Exit(1) from None
+
+
+def _message(error: Exception) -> str | None:
+    """What to tell the user, in one line; None if the error is none of theirs."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, MemoryError) or any(words in text for words in _OUT_OF_MEMORY):
+        return f"there is not enough memory ({text[:200]}); try a smaller --size, --tile-size or --dtype float16"
+    is_broken_pipe = isinstance(error, BrokenPipeError)  # typer ends quietly on it
+    return None if is_broken_pipe or isinstance(error, RuntimeError) else text

@@ -1,0 +1,194 @@
+"""What a picture was made with, and how that is written into the picture, so that it can be made again.
+
+A PNG carries two texts: `refiners`, the settings as JSON, and `parameters`, the same in the form that A1111's web UI
+introduced and other programs show.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Self, cast, get_type_hints
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+JSON_KEY, TEXT_KEY = "refiners", "parameters"
+# What A1111's web UI calls our solvers.
+SAMPLER_NAMES = {
+    "ddim": "DDIM",
+    "dpm-solver": "DPM++ 2M",
+    "euler": "Euler",
+    "euler-ancestral": "Euler a",
+    "heun": "Heun",
+    "lcm": "LCM",
+    "unipc": "UniPC",
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that a picture depends on. None, and "auto": as the model or the machine has it.
+
+    size: width and height in pixels, such as "512x768".
+    init_image, mask, loras, model: as the user named them; a LoRA may end with `:SCALE`.
+    """
+
+    prompt: str = ""
+    negative: str = ""
+    seed: int = 0
+    steps: int | None = None
+    guidance: float = 7.5
+    solver: str | None = None
+    size: str | None = None
+    init_image: str | None = None
+    strength: float = 0.75
+    mask: str | None = None
+    loras: tuple[str, ...] = ()
+    model: str = "builtin"
+    device: str = "auto"
+    dtype: str = "auto"
+    tile_size: int | None = None
+
+    def changed(self, **changes: Any) -> Self:
+        """These settings with those that are not None put in place."""
+        return replace(self, **{name: value for name, value in changes.items() if value is not None})
+
+    def height_and_width(self) -> tuple[int, int] | None:
+        """The size in the order of tensors. Raises ValueError if it does not read as WIDTHxHEIGHT."""
+        if self.size is None:
+            return None
+        width, _, height = self.size.lower().partition("x")
+        if not (width.isdecimal() and height.isdecimal()):
+            raise ValueError(f"the size {self.size!r} should be WIDTHxHEIGHT in pixels, such as 512x768")
+        return int(height), int(width)
+
+    def scaled_loras(self) -> list[tuple[str, float]]:
+        """File and scale of each LoRA; 1 if none is given. A file of the whole name, colon and all, comes first."""
+        return [_split_scale(text) for text in self.loras if text]
+
+    def files(self) -> list[Path]:
+        """The files, besides the model, that the picture depends on."""
+        loras = [file for file, _ in self.scaled_loras()]
+        return [Path(name) for name in (self.init_image, self.mask, *loras) if name]
+
+
+def _split_scale(text: str) -> tuple[str, float]:
+    file, colon, scale = text.rpartition(":")
+    if not colon or Path(text).exists():
+        return text, 1.0
+    try:
+        return file, float(scale)
+    except ValueError:
+        if Path(file).exists():
+            raise ValueError(f"the scale of {text!r} should be a number, such as {file}:0.8") from None
+        return text, 1.0
+
+
+def png_texts(settings: Settings) -> PngInfo:
+    """What to write into a picture that was made with these settings, all of them known."""
+    content = {
+        "version": version("refiners"),
+        "torch": version("torch"),
+        "settings": asdict(settings),
+        "files": {str(path): digest(path) for path in settings.files()},
+    }
+    texts = PngInfo()
+    texts.add_text(TEXT_KEY, readable_text(settings))
+    texts.add_text(JSON_KEY, json.dumps(content))
+    return texts
+
+
+def readable_text(settings: Settings) -> str:
+    """The settings in the form of A1111's web UI, as well as it can say them."""
+    loras = [f"<lora:{Path(file).stem}:{scale:g}>" for file, scale in settings.scaled_loras()]
+    entries: dict[str, object] = {
+        "Steps": settings.steps,
+        "Sampler": SAMPLER_NAMES.get(settings.solver or "", settings.solver),
+        "CFG scale": f"{settings.guidance:g}",
+        "Seed": settings.seed,
+        "Size": settings.size,
+        "Model": Path(settings.model).stem,
+        "Denoising strength": f"{settings.strength:g}" if settings.init_image else None,
+        "Version": f"refiners {version('refiners')}",
+    }
+    lines = [
+        " ".join([settings.prompt, *loras]),
+        *([f"Negative prompt: {settings.negative}"] if settings.negative else []),
+        ", ".join(f"{name}: {value}" for name, value in entries.items() if value is not None),
+    ]
+    return "\n".join(lines)
+
+
+def read_settings(picture: Path | str) -> tuple[Settings, dict[str, str]]:
+    """The settings in a picture, and the SHA-256 of each file that it was made with.
+
+    Raises ValueError if it has none, or none that can be read; OSError if it is no picture.
+    """
+    with Image.open(picture) as image:
+        image.load()  # texts may come after the pixels
+        text, other = image.info.get(JSON_KEY), image.info.get(TEXT_KEY)
+    if text is None:
+        hint = "; what another program wrote there cannot be repeated exactly" if other else ""
+        raise ValueError(
+            f"{picture}: this picture has no settings of refiners in it{hint}; give one that `refiners generate` made, "
+            "and that no other program saved again"
+        )
+    try:
+        content = _entries(json.loads(text), "the text")
+        digests = _entries(content.get("files", {}), "'files'")
+        return _settings_from(_entries(content.get("settings"), "'settings'")), digests
+    except ValueError as error:
+        raise ValueError(f"{picture}: its settings cannot be read ({error})") from error
+
+
+def _entries(value: object, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} should be a JSON object, but it is a {type(value).__name__}")
+    return cast("dict[str, Any]", value)
+
+
+def _settings_from(entries: dict[str, Any]) -> Settings:
+    types = get_type_hints(Settings)
+    read: dict[str, Any] = {}
+    for name, value in entries.items():
+        if name not in types:
+            raise ValueError(f"this version of refiners does not know {name!r}; a newer one may")
+        read[name] = _read_loras(value) if name == "loras" else _checked(name, value, types[name])
+    return Settings(**read)
+
+
+def _read_loras(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list):
+        raise ValueError(f"'loras' should be a list, but it is {value!r:.80}")
+    return tuple(_checked("loras", each, str) for each in cast("list[Any]", value))
+
+
+def _checked(name: str, value: Any, kind: Any) -> Any:
+    if kind is float and type(value) is int:
+        return float(value)
+    if isinstance(value, bool) or not isinstance(value, kind):
+        raise ValueError(f"{name!r} cannot be {value!r:.80}")
+    return value
+
+
+def check_digests(files: list[Path], digests: Mapping[str, str]) -> None:
+    """Raise ValueError if a file is not the one that a picture was made with."""
+    for path in files:
+        if digests.get(str(path)) not in (None, digest(path)):
+            raise ValueError(
+                f"{path}: this file is not the one that the picture was made with, or has changed since; to use it all "
+                "the same, name it with --init-image, --mask or --lora"
+            )
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, or of all files in a folder."""
+    total = hashlib.sha256()
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if file.is_file():
+            with open(file, "rb") as stream:
+                total.update(hashlib.file_digest(stream, "sha256").digest())
+    return total.hexdigest()

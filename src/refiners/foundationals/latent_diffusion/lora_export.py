@@ -1,0 +1,107 @@
+"""LoRAs out of a model, into files of the formats of others; and from one format to another."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from refiners.adapters.low_rank import Lora
+from refiners.foundationals.latent_diffusion.lora_places import Layer, Patchable, find_layers, find_loras
+from refiners.foundationals.latent_diffusion.lora_weights import LoraWeights
+from refiners.weights.lora_keys import (
+    Kind,
+    LoraUpdate,
+    check_finite,
+    check_format,
+    format_updates,
+    save_updates,
+)
+
+
+def export_lora(
+    model: Patchable, name: str | None = None, format: str = "kohya", dtype: torch.dtype | None = None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and metadata of a file with the LoRA of a name, on all layers that have it.
+
+    name: None for the only one. format: "kohya", "diffusers" or "peft". dtype: None for what they have in the model.
+    The alpha of each layer is in the file; the scale that it is used with now is not.
+    Raises ValueError if the model has no such LoRA, or one that the format cannot hold.
+    """
+    return format_updates(_collect(model, name, dtype), check_format(format))
+
+
+def save_lora(
+    path: Path | str,
+    model: Patchable,
+    name: str | None = None,
+    format: str = "kohya",
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write the file that `export_lora` tells of; for peft a folder, with one in it for each of several trees.
+
+    Raises as `export_lora`, and FileNotFoundError if the folder to write to does not exist.
+    """
+    form = check_format(format)
+    save_updates(path, _collect(model, name, dtype), form)
+
+
+def convert_lora(
+    source: Path | str,
+    target: Path | str,
+    model: Patchable,
+    format: str = "kohya",
+    dtype: torch.dtype | None = None,
+) -> int:
+    """Write a LoRA file in another format, and return of how many layers. Updates stay what they are, bit by bit.
+
+    model: that it is for; its weights are not used, so it may be on the meta device.
+    dtype: None for that of the file.
+    Raises ValueError if not all of the file can be used with the model, or if values leave the range of `dtype`.
+    """
+    form = check_format(format)
+    updates = [
+        replace(update, tensors=_in_dtype(update, dtype)) for update in LoraWeights(source).read_for(model).updates
+    ]
+    save_updates(target, updates, form)
+    return len(updates)
+
+
+def _in_dtype(update: LoraUpdate, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    if dtype is None:
+        return dict(update.tensors)
+    cast = {part: tensor.to(dtype) for part, tensor in update.tensors.items()}
+    check_finite((f"in {dtype} the {part} of {update.name!r}", tensor) for part, tensor in cast.items())
+    return cast
+
+
+def _collect(model: Patchable, name: str | None, dtype: torch.dtype | None) -> list[LoraUpdate]:
+    found = list(find_loras(model, find_layers(model)))
+    names = sorted({lora.name for _, lora in found})
+    if name is None and len(names) == 1:
+        name = names[0]
+    if name not in names:
+        there = f"there are: {', '.join(names)}" if names else "there is none at all"
+        raise ValueError(f"no LoRA {name!r} on this model; {there}" if name else f"say the name of a LoRA; {there}")
+    updates: dict[str, LoraUpdate] = {}
+    for layer, lora in found:
+        if lora.name == name:
+            update = _update(layer, lora, dtype)
+            if updates.setdefault(update.place.path, update) is not update:
+                raise ValueError(f"there are two LoRAs {name!r} on {update.place.path}: no file can hold both")
+    return list(updates.values())
+
+
+def _update(layer: Layer | None, lora: Lora[Any], dtype: torch.dtype | None) -> LoraUpdate:
+    if layer is None:
+        raise ValueError(f"LoRA {lora.name!r} is on a layer that is no part of the model itself: no format names it")
+    down, up = lora.down.weight, lora.up.weight
+    place = layer.place
+    if down.shape[1:] != place.shape[1:] or any(size != 1 for size in up.shape[2:]):
+        raise ValueError(
+            f"LoRA {lora.name!r} on {place.path} has kernels {tuple(down.shape[2:])} and {tuple(up.shape[2:])}, but "
+            f"files hold only those with the layer's, {place.shape[2:]}, on the way down and (1, 1) on the way up"
+        )
+    update = LoraUpdate(place, place.path, Kind.LORA, {"down": down, "up": up}, lora._alpha, lora.rank)
+    return replace(update, tensors=_in_dtype(update, dtype))

@@ -1,0 +1,84 @@
+"""What a LoRA file is, and what it would do to a model, without reading its weights or touching the model."""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from refiners.foundationals.latent_diffusion.lora_places import Patchable, find_layers
+from refiners.foundationals.latent_diffusion.lora_report import AttachedUpdate, LoraReport, attached_update
+from refiners.foundationals.latent_diffusion.lora_weights import assign_updates
+from refiners.weights.formats import Identity, identify
+from refiners.weights.lora_keys import Kind, LeftOut, LoraFile, fit_factors, read_lora, split_key
+
+
+@dataclass(frozen=True)
+class LoraInspection:
+    """What a LoRA file is; its text is a summary.
+
+    kinds: of updates, and how many layers have each. ranks: how many layers have each.
+    alphas: in increasing order; there are none where the strength of every layer is 1.
+    report: what would attach to the model that was asked for; None if none was.
+    """
+
+    path: Path
+    identity: Identity
+    kinds: Mapping[Kind, int] = field(default_factory=dict[Kind, int])
+    ranks: Mapping[int, int] = field(default_factory=dict[int, int])
+    alphas: tuple[float, ...] = ()
+    report: LoraReport | None = None
+
+    def __str__(self) -> str:
+        kinds = ", ".join(f"{kind} on {count} layers" for kind, count in self.kinds.items())
+        ranks = ", ".join(f"{rank} on {count}" for rank, count in sorted(self.ranks.items()))
+        alphas = ", ".join(f"{alpha:g}" for alpha in self.alphas)
+        lines = [f"{self.path}: {self.identity}", f"  {kinds or 'no updates'}"]
+        lines += [f"  ranks: {ranks}"] if ranks else []
+        lines += [f"  alphas: {alphas or 'those of the ranks'}"] if kinds else []
+        return "\n".join([*lines, *([f"  would do: {self.report}"] if self.report else [])])
+
+
+def inspect_lora(path: Path | str, model: Patchable | None = None) -> LoraInspection:
+    """Say what a LoRA file or adapter folder is: family, format, kinds, ranks and alphas.
+
+    Files are mapped into memory, so their weights are not read.
+    model: to say also what would attach to it, and what not and why.
+    Raises ValueError if the file is damaged or no weights file, FileNotFoundError if there is none.
+    """
+    file = read_lora(path)
+    identity = identify({key: tuple(tensor.shape) for key, tensor in file.tensors.items()})
+    kinds: dict[str, Kind] = {}
+    ranks: dict[str, int] = {}
+    alphas = {alpha for settings in file.settings.values() for alpha in (settings.alpha, *settings.alphas.values())}
+    for key, tensor in file.tensors.items():
+        found = split_key(key)
+        if found is None:
+            continue
+        if found.part == "alpha" and tensor.numel() == 1:
+            alphas.add(float(tensor.item()))
+        elif found.kind is not None and (found.kind is not Kind.LORA or found.layer not in kinds):
+            kinds[found.layer] = found.kind
+        if found.part == "down" and tensor.ndim:
+            ranks[found.layer] = tensor.shape[0]
+    return LoraInspection(
+        path=file.path,
+        identity=identity,
+        kinds=Counter(kinds.values()),
+        ranks=Counter(ranks.values()),
+        alphas=tuple(sorted(alphas)),
+        report=None if model is None else _foresee(file, model),
+    )
+
+
+def _foresee(file: LoraFile, model: Patchable) -> LoraReport:
+    contents = assign_updates(file, model, find_layers(model))
+    attached: list[AttachedUpdate] = []
+    left_out = list(contents.left_out)
+    for update in contents.updates:
+        try:
+            fit_factors(update)
+        except ValueError as error:
+            left_out.append(LeftOut(update.name, str(error)))
+        else:
+            attached.append(attached_update(update, update.tensors["down"].dtype))
+    return LoraReport(str(file.path), file.path.stem, tuple(attached), tuple(left_out))

@@ -1,0 +1,116 @@
+"""Where the layers of a diffusion model sit, and what LoRA files call them."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+from torch import nn
+
+from refiners.adapters.adapter import Adapter
+from refiners.adapters.lora import Lora, LoraAdapter
+from refiners.fluxion.layers.chain import Chain
+from refiners.foundationals.clip import names as clip_names
+from refiners.foundationals.clip.text_encoder import CLIPTextEncoder
+from refiners.foundationals.latent_diffusion import unet_names
+from refiners.foundationals.latent_diffusion.unet import UNet
+from refiners.weights.lora_keys import CLIP_TEXT_ENCODER, UNET, Component, Place, Places
+from refiners.weights.rules import Names
+
+
+class Patchable(Protocol):
+    """What a LoRA file can go onto: any object with these two trees."""
+
+    @property
+    def unet(self) -> UNet:
+        """The tree that `unet` keys go to."""
+        ...
+
+    @property
+    def clip_text_encoder(self) -> CLIPTextEncoder:
+        """The tree that `text_encoder` keys go to."""
+        ...
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer as it sits in the tree now: under the adapters that are on it, in `parent`."""
+
+    place: Place
+    module: nn.Module
+    parent: Chain
+
+
+def find_layers(model: Patchable) -> dict[str, Layer]:
+    """The layers with a weight, by their path from the model on, in the order of the trees.
+
+    Raises TypeError if the model has no UNet and CLIP text encoder of ours.
+    """
+    _check(model)
+    unet, encoder = model.unet, model.clip_text_encoder
+    layers = {layer.place.path: layer for layer in _layers(UNET, unet, _unet_names(unet))}
+    layers |= {layer.place.path: layer for layer in _layers(CLIP_TEXT_ENCODER, encoder, _text_names(encoder))}
+    return layers
+
+
+def places_of(layers: dict[str, Layer]) -> Places:
+    """The places of layers, to be found by name."""
+    return Places(layer.place for layer in layers.values())
+
+
+def find_loras(model: Patchable, layers: dict[str, Layer]) -> Iterator[tuple[Layer | None, Lora[Any]]]:
+    """Every LoRA on the trees of a model, with the layer that it is on; None if that is a layer of an adapter."""
+    by_module = {id(layer.module): layer for layer in layers.values()}
+    for tree in (model.unet, model.clip_text_encoder):
+        for adapter, _ in tree.walk(LoraAdapter, recurse=True):
+            yield from ((by_module.get(id(adapter.base)), lora) for lora in adapter.loras.values())
+
+
+def _check(model: object) -> None:
+    for name, kind in (("unet", UNet), ("clip_text_encoder", CLIPTextEncoder)):
+        part = getattr(model, name, None)
+        if not isinstance(part, kind):
+            found = "none" if part is None else f"a {type(part).__name__}"
+            raise TypeError(
+                f"a LoRA goes onto a model with a {kind.__name__} as `{name}`, but this {type(model).__name__} has "
+                f"{found}: pass the whole StableDiffusion_1"
+            )
+
+
+def _unet_names(unet: UNet) -> list[Names]:
+    return [unet_names.diffusers_names(unet.spec), unet_names.single_file_names(unet.spec)]
+
+
+def _text_names(encoder: CLIPTextEncoder) -> list[Names]:
+    prefixes = (clip_names.TRANSFORMERS_PREFIX, "")
+    return [clip_names.text_encoder_names(encoder.spec, prefix) for prefix in prefixes]
+
+
+def _layers(component: Component, tree: Chain, names: list[Names]) -> Iterator[Layer]:
+    parents = {id(module): parent for module, parent in tree.walk(_is_weighted)}
+    modules = cast("Iterator[tuple[str, nn.Module]]", tree.named_modules())
+    for path, module in modules:
+        if isinstance(module, Adapter) or id(module) not in parents:
+            continue
+        theirs = [name for name in (_their_name(path, rules) for rules in names) if name]
+        if theirs:
+            shape = tuple(cast(Any, module).weight.shape)
+            place = Place(component, f"{component.name}.{path}", _kind(module), shape, tuple(theirs))
+            yield Layer(place, module, parents[id(module)])
+
+
+def _is_weighted(module: nn.Module, parent: Any) -> bool:
+    return module._parameters.get("weight") is not None
+
+
+def _their_name(path: str, rules: Names) -> str | None:
+    """None for a layer that was added to the tree, as by an adapter."""
+    _, name = rules._find(f"{path}.weight", is_to_theirs=True)
+    return name and name.removesuffix(".weight")
+
+
+def _kind(module: nn.Module) -> str:
+    if isinstance(module, nn.Linear):
+        return "linear"
+    if isinstance(module, nn.Conv2d):
+        return "convolution" if module.groups == 1 else "grouped convolution"
+    return "embedding" if isinstance(module, nn.Embedding) else "norm"

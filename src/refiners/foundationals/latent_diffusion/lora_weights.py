@@ -1,0 +1,182 @@
+"""LoRA files on a diffusion model: `LoraWeights(path).patch(model)` finds the place of every key by its name.
+
+Formats: kohya's, diffusers' of all times, peft's, OneTrainer's, ComfyUI's, and those of the first Refiners.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from refiners.adapters.lora import LoraAdapter
+from refiners.adapters.low_rank import lora_from_weights
+from refiners.fluxion.layers.transaction import transaction
+from refiners.foundationals.latent_diffusion.lora_in_order import is_in_order, updates_in_order
+from refiners.foundationals.latent_diffusion.lora_places import (
+    Layer,
+    Patchable,
+    find_layers,
+    find_loras,
+    places_of,
+)
+from refiners.foundationals.latent_diffusion.lora_report import AttachedUpdate, LoraReport, attached_update
+from refiners.weights.formats import TEXT_FAMILIES, Content, Identity, identify
+from refiners.weights.lora_keys import (
+    LoraContents,
+    LoraFile,
+    LoraUpdate,
+    check_finite,
+    fit_factors,
+    parse_updates,
+    read_lora,
+)
+
+_COMPUTED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class LoraWeights:
+    """The updates of a LoRA file or adapter folder, to be put onto models and taken off again.
+
+    device, dtype: of the updates in the model; None for those of each layer.
+    name: of the updates in the model; None for that of the file, with a number if it is taken.
+
+    Raises ValueError if the file is damaged or holds something else, FileNotFoundError if there is none.
+    """
+
+    def __init__(
+        self,
+        checkpoint_path: Path | str,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        name: str | None = None,
+    ) -> None:
+        self.file = read_lora(checkpoint_path)
+        self.device = device
+        self.dtype = dtype
+        self.name = name
+        self._adapters: list[LoraAdapter] = []
+
+    def patch(self, model: Patchable, scale: float = 1.0, strict: bool = True) -> LoraReport:
+        """Put the updates onto the layers of a model, all or none, and say what was done.
+
+        scale: how strong they are; 1 is what their maker meant. Files can be stacked on one model.
+        strict: whether a key without a place is an error; otherwise the report lists it.
+        Raises ValueError if keys, shapes or values do not fit the model, or nothing does, RuntimeError if these weights
+        are on a model already.
+        """
+        if self._adapters:
+            raise RuntimeError(f"{self.file.path} is on a model already: eject it first, or read it once more")
+        layers = find_layers(model)
+        contents = self._contents(model, layers, strict)
+        name = _free_name(self.name, self.file.path.stem, {lora.name for _, lora in find_loras(model, layers)})
+        attached: list[AttachedUpdate] = []
+        adapters: list[LoraAdapter] = []
+        with transaction():
+            for update in contents.updates:
+                layer = layers[update.place.path]
+                target = cast("nn.Linear | nn.Conv2d", layer.module)
+                down, up = (self._placed(update.tensors[part], target) for part in ("down", "up"))
+                lora = lora_from_weights(target, name, down, up, scale, update.alpha)
+                adapters.append(LoraAdapter(cast(Any, target), lora).inject(layer.parent))
+                attached.append(attached_update(update, down.dtype))
+        self._adapters = adapters
+        return LoraReport(str(self.file.path), name, tuple(attached), contents.left_out)
+
+    def eject(self) -> None:
+        """Take the updates off again: the model is as it was, bit by bit. Raises RuntimeError if they are on none."""
+        if not self._adapters:
+            raise RuntimeError(f"{self.file.path} is on no model, so it cannot be ejected")
+        with transaction():
+            for adapter in reversed(self._adapters):
+                adapter.eject()
+        self._adapters = []
+
+    @property
+    def scale(self) -> float:
+        """How strong the updates are now. Raises RuntimeError if they are on no model."""
+        return self._ensure_adapters()[0].scale
+
+    @scale.setter
+    def scale(self, value: float) -> None:
+        for adapter in self._ensure_adapters():
+            adapter.scale = value
+
+    def _ensure_adapters(self) -> list[LoraAdapter]:
+        if not self._adapters:
+            raise RuntimeError(f"{self.file.path} is on no model yet: call patch first")
+        return self._adapters
+
+    def read_for(self, model: Patchable, strict: bool = True) -> LoraContents:
+        """What of the file goes where on a model: updates with factors that fit, and what is left out.
+
+        The model is not touched. Raises as `patch`.
+        """
+        return self._contents(model, find_layers(model), strict)
+
+    def _contents(self, model: Patchable, layers: dict[str, Layer], strict: bool) -> LoraContents:
+        path, tensors = self.file.path, self.file.tensors
+        identity = identify({key: tuple(tensor.shape) for key, tensor in tensors.items()})
+        _check_family(path, identity, model)
+        contents = assign_updates(self.file, model, layers)
+        if not contents.updates and identity.content is not Content.LORA:
+            raise ValueError(f"{path} is no LoRA but {identity}; nothing of it can be attached")
+        if contents.left_out and (strict or not contents.updates):
+            count, first = len(contents.left_out), contents.left_out[0]
+            advice = "; pass strict=False to leave them out" if contents.updates else ""
+            raise ValueError(
+                f"{path}: {count} of {len(tensors)} keys cannot be used here, the first is {first}{advice}"
+            )
+        check_finite(_values(path, contents.updates))
+        return replace(contents, updates=tuple(self._fitted(update) for update in contents.updates))
+
+    def _fitted(self, update: LoraUpdate) -> LoraUpdate:
+        try:
+            down, up = fit_factors(update)
+        except ValueError as error:
+            raise ValueError(f"{self.file.path}: {update.name!r} cannot go to {update.place.path}: {error}") from error
+        return replace(update, tensors={"down": down, "up": up})
+
+    def _placed(self, tensor: Tensor, layer: nn.Module) -> Tensor:
+        weight = cast(Tensor, layer.weight)
+        own = weight.dtype if weight.dtype in _COMPUTED else torch.float32
+        return tensor.to(device=self.device or weight.device, dtype=self.dtype or own)
+
+
+def assign_updates(file: LoraFile, model: Patchable, layers: dict[str, Layer]) -> LoraContents:
+    """Find the layer of every update of a file, by name where there are names. Raises ValueError as `parse_updates`."""
+    if is_in_order(file.tensors):
+        return LoraContents(updates_in_order(file, model, layers), ())
+    try:
+        return parse_updates(file.tensors, file.settings, places_of(layers))
+    except ValueError as error:
+        raise ValueError(f"{file.path}: {error}") from error
+
+
+def _check_family(path: Path, identity: Identity, model: Patchable) -> None:
+    width = model.unet.spec.text_dim
+    if identity.family not in (None, TEXT_FAMILIES.get(width)):
+        raise ValueError(
+            f"{path} is {identity}, but this model reads text {width} wide"
+            f"{f', as {TEXT_FAMILIES[width]}' if width in TEXT_FAMILIES else ''}: get a LoRA that was made for it"
+        )
+
+
+def _values(path: Path, updates: tuple[LoraUpdate, ...]) -> Iterator[tuple[str, Tensor]]:
+    for update in updates:
+        for part, tensor in update.tensors.items():
+            yield f"{path}: the {part} of {update.name!r}", tensor
+
+
+def _free_name(wanted: str | None, stem: str, taken: set[str]) -> str:
+    if wanted is not None:
+        if wanted in taken:
+            raise ValueError(f"there is a LoRA {wanted!r} on this model already: give this one another name")
+        return wanted
+    number, name = 1, stem
+    while name in taken:
+        number += 1
+        name = f"{stem}_{number}"
+    return name

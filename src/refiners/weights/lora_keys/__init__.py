@@ -1,0 +1,40 @@
+"""Files of weight updates (LoRA and its kin): from the keys of any format to places in a model, and back."""
+
+from refiners.weights.lora_keys.kinds import Key, Kind, split_key
+from refiners.weights.lora_keys.places import CLIP_TEXT_ENCODER, UNET, Component, Place, Places
+from refiners.weights.lora_keys.reading import LoraFile, read_lora
+from refiners.weights.lora_keys.settings import Settings, parse_settings
+from refiners.weights.lora_keys.updates import (
+    LeftOut,
+    LoraContents,
+    LoraUpdate,
+    check_finite,
+    fit_factors,
+    parse_updates,
+)
+from refiners.weights.lora_keys.writing import LoraFormat, check_format, format_updates, save_updates
+
+__all__ = [
+    "CLIP_TEXT_ENCODER",
+    "UNET",
+    "Component",
+    "Key",
+    "Kind",
+    "LeftOut",
+    "LoraContents",
+    "LoraFile",
+    "LoraFormat",
+    "LoraUpdate",
+    "Place",
+    "Places",
+    "Settings",
+    "check_finite",
+    "check_format",
+    "fit_factors",
+    "format_updates",
+    "parse_settings",
+    "parse_updates",
+    "read_lora",
+    "save_updates",
+    "split_key",
+]

@@ -1,0 +1,81 @@
+"""Reading a LoRA: a safetensors file, a torch file of tensors, or a folder as peft and diffusers save it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from refiners.weights.files import read_safetensors, read_torch
+from refiners.weights.header import check_is_file, read_header
+from refiners.weights.lora_keys.settings import METADATA_KEY, Settings, parse_settings
+
+_MAX_SETTINGS_BYTES = 10_000_000
+_PEFT_SETTINGS = "adapter_config.json"
+_PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+_DIFFUSERS_WEIGHTS = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
+_COMPONENT_FOLDERS = ("unet", "text_encoder", "text_encoder_2")  # of one pipeline, a peft adapter each
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """A file or folder as it was read: what it holds, before it is known what of a model that goes to."""
+
+    path: Path
+    tensors: Mapping[str, Tensor]
+    metadata: Mapping[str, str]
+    settings: Mapping[str, Settings]
+
+
+def read_lora(path: Path | str) -> LoraFile:
+    """Read a LoRA file (safetensors, or a torch file with nothing but tensors) or adapter folder, memory-mapped.
+
+    Raises ValueError if it is damaged or no such file, FileNotFoundError if there is nothing, or no weights in it.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _read_folder(path)
+    check_is_file(path)
+    with open(path, "rb") as file:
+        start = file.read(9)
+    # a safetensors header starts at the ninth byte, whatever its length in the first eight looks like
+    if start[8:] != b"{" and start.startswith((b"PK\x03\x04", b"\x80")):
+        return LoraFile(path, read_torch(path), {}, {})
+    metadata = read_header(path).metadata
+    text = metadata.get(METADATA_KEY)
+    settings = {} if text is None else parse_settings(f"{path}: {METADATA_KEY}", text)
+    return LoraFile(path, read_safetensors(path), metadata, settings)
+
+
+def _read_folder(folder: Path) -> LoraFile:
+    if (folder / _PEFT_SETTINGS).exists():
+        return _read_peft(folder)
+    for name in _DIFFUSERS_WEIGHTS:
+        if (folder / name).exists():
+            return read_lora(folder / name)
+    parts = {name: folder / name for name in _COMPONENT_FOLDERS if (folder / name / _PEFT_SETTINGS).exists()}
+    if not parts:
+        raise FileNotFoundError(
+            f"{folder}: this folder has neither {_PEFT_SETTINGS}, nor {_DIFFUSERS_WEIGHTS[0]}, nor one of the folders "
+            f"{', '.join(_COMPONENT_FOLDERS)} with an adapter; give the path of the LoRA file itself"
+        )
+    tensors: dict[str, Tensor] = {}
+    settings: dict[str, Settings] = {}
+    for name, part in parts.items():
+        read = _read_peft(part)
+        tensors.update({f"{name}.{key}": tensor for key, tensor in read.tensors.items()})
+        if "" in read.settings:
+            settings[name] = read.settings[""]
+    return LoraFile(folder, tensors, {}, settings)
+
+
+def _read_peft(folder: Path) -> LoraFile:
+    path = folder / _PEFT_SETTINGS
+    if path.stat().st_size > _MAX_SETTINGS_BYTES:
+        raise ValueError(f"{path}: settings of {path.stat().st_size} bytes; at most {_MAX_SETTINGS_BYTES} are accepted")
+    settings = parse_settings(str(path), path.read_bytes().decode(errors="replace"))
+    for name in _PEFT_WEIGHTS:
+        if (folder / name).exists():
+            read = read_lora(folder / name)
+            return LoraFile(folder, read.tensors, read.metadata, settings)
+    raise FileNotFoundError(f"{folder}: there is {_PEFT_SETTINGS} but no {_PEFT_WEIGHTS[0]}; save the adapter again")
