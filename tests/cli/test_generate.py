@@ -188,7 +188,7 @@ def test_pictures_stand_the_right_way_up(model: list[Any]) -> None:
         (["--mask", "mask.png"], "give --init-image too"),
         (["--init-image", "none.png"], "none.png: there is no such file"),
         (["--init-image", "text.png"], "cannot identify image file"),
-        (["--model", "none"], "'none' is no folder, no file and no repository"),
+        (["--model", "none"], "'none' is no folder, no file, no repository"),
         (["--model", "none.safetensors"], "none.safetensors: there is no such file"),
         (["--model", "LORA"], "style.safetensors: this is no model, but a LoRA"),
         (["--lora", "none.safetensors"], "none.safetensors: there is no such file"),

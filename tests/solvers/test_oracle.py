@@ -39,7 +39,10 @@ ORACLES: dict[type[Solver], tuple[str, dict[str, Any]]] = {
     LCM: ("LCMScheduler", {}),
 }
 # diffusers hands torch tensors to numpy in a way that is to change.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
+]
 
 WITH_SIGMA_SCHEDULE = (DPMSolver, Euler, Heun, UniPC)
 WITH_CUSTOM_TIMESTEPS = (DDPM, DPMSolver, Euler, Heun, LCM)

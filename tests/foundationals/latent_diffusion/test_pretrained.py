@@ -336,7 +336,7 @@ def test_truncated_files_and_files_with_code_are_refused(file: Path, tmp_path: P
 
 @pytest.mark.parametrize("where", ["no/such/folder", Path("nowhere"), "nowhere"])
 def test_what_is_not_there_is_refused(where: Any) -> None:
-    with pytest.raises(FileNotFoundError, match="is no folder, no file and no repository"):
+    with pytest.raises(FileNotFoundError, match="is no folder, no file, no repository"):
         StableDiffusion_1.from_pretrained(where)
 
 

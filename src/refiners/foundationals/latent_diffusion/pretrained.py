@@ -10,11 +10,14 @@ from torch import Tensor, nn
 from refiners.fluxion.context import check_is_available
 from refiners.foundationals.latent_diffusion import diffusers_folder, single_file
 from refiners.foundationals.latent_diffusion.diffusers_folder import DiffusersFolder, Fetch
-from refiners.foundationals.latent_diffusion.parts_folder import PART_FILES, PartsFolder
+from refiners.foundationals.latent_diffusion.embedded import EMBEDDED, EMBEDDED_WEIGHTS
+from refiners.foundationals.latent_diffusion.parts_folder import PART_FILES, UNCHANGED, PartsFolder
 from refiners.foundationals.latent_diffusion.single_file import SingleFile
 from refiners.foundationals.latent_diffusion.specs import StableDiffusionSpec
-from refiners.weights.matching import Shapes
+from refiners.weights.files import read_safetensors
+from refiners.weights.matching import Shapes, match_all
 
+BUILTIN = "builtin"  # the model that comes with the package
 SINGLE_FILE_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 
 
@@ -26,8 +29,22 @@ class Source(Protocol):
     def read(self, spec: StableDiffusionSpec, shapes: Shapes) -> dict[str, Tensor]: ...
 
 
+class EmbeddedModel:
+    """The package as a source to load the model from."""
+
+    def spec(self, default: StableDiffusionSpec) -> StableDiffusionSpec:
+        """Its own sizes, whatever the default is."""
+        return EMBEDDED
+
+    def read(self, spec: StableDiffusionSpec, shapes: Shapes) -> dict[str, Tensor]:
+        """All tensors, by our names."""
+        return match_all(read_safetensors(EMBEDDED_WEIGHTS), UNCHANGED, shapes, str(EMBEDDED_WEIGHTS))
+
+
 def find_source(where: Path | str, revision: str | None = None) -> Source:
     """The source of that name. Raises FileNotFoundError if nothing is there."""
+    if where == BUILTIN:
+        return EmbeddedModel()
     path = Path(where)
     if (path / PART_FILES["unet"]).is_file():
         return PartsFolder(path)
@@ -37,7 +54,8 @@ def find_source(where: Path | str, revision: str | None = None) -> Source:
         return SingleFile(path)
     if isinstance(where, Path) or str(where).count("/") != 1:
         raise FileNotFoundError(
-            f"{str(where)!r} is no folder, no file and no repository of the hub (such as 'owner/name'); check the path"
+            f"{str(where)!r} is no folder, no file, no repository of the hub (such as 'owner/name') and not "
+            f"{BUILTIN!r}; check the path"
         )
     return DiffusersFolder(f"{where} on the hub", _fetch_from_hub(str(where), revision))
 

@@ -69,8 +69,9 @@ class StableDiffusion_1(TextToImage):
     ) -> Self:
         """Load a model whole, or not at all; one whose UNet takes 9 channels as `StableDiffusion_1_Inpainting`.
 
-        where: a folder in diffusers' layout; a single `.safetensors` or `.ckpt` file, as on Civitai; or the name of a
-            repository on the Hugging Face hub, which is fetched once and then found in the hub's cache.
+        where: a folder in diffusers' layout; a folder of our own files, one for each part; a single `.safetensors` or
+            `.ckpt` file, as on Civitai; the name of a repository on the Hugging Face hub, which is fetched once and
+            then found in the hub's cache; or "builtin", the small model that comes with the package.
         dtype: None for torch's default, whatever the files hold.
         revision: a branch, tag or commit of a repository.
         spec: the sizes; None takes them from a folder's configuration, and for a single file those of this class.

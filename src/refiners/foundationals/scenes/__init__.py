@@ -1,0 +1,26 @@
+"""Scenes of coloured shapes: drawn from captions, read back from pictures, scored."""
+
+from refiners.foundationals.scenes.captions import Request, caption_of, parse_caption
+from refiners.foundationals.scenes.drawing import draw_scenes
+from refiners.foundationals.scenes.reader import Reader, ReaderSpec, load_reader, read_scenes
+from refiners.foundationals.scenes.scene import Scene, Scenes, Split, Thing, make_scenes
+from refiners.foundationals.scenes.scoring import Score, Scores, score
+
+__all__ = [
+    "Reader",
+    "ReaderSpec",
+    "Request",
+    "Scene",
+    "Scenes",
+    "Score",
+    "Scores",
+    "Split",
+    "Thing",
+    "caption_of",
+    "draw_scenes",
+    "load_reader",
+    "make_scenes",
+    "parse_caption",
+    "read_scenes",
+    "score",
+]
