@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup format check types docs fast test bench
+.PHONY: setup format check types docs fast test bench demo pretrain
 
 setup: $(READY)
 
@@ -40,3 +40,12 @@ test: $(READY)
 # Ours against peers, in one run; `make bench SUITES=loras` for some of it.
 bench: $(READY)
 	$(BIN)/python -m bench $(SUITES)
+
+# Teach the embedded model a shape that it never saw, on this machine's CPU, and show what it learned.
+demo: $(READY)
+	OMP_NUM_THREADS=2 $(BIN)/refiners demo
+
+# Make the embedded model anew, or go on with it, in hours on a CPU: `make pretrain PART=diffusion`.
+PART ?= all
+pretrain: $(READY)
+	$(BIN)/python -m refiners.training.pretraining $(PART)

@@ -3,17 +3,21 @@
 import typer
 
 from refiners.cli.convert import convert
+from refiners.cli.demo import demo
 from refiners.cli.generate import generate
 from refiners.cli.inspect import inspect
+from refiners.cli.train import train
 
 app = typer.Typer(
-    help="Make pictures with Stable Diffusion and adapters, convert their files, and look into them.",
+    help="Make pictures with Stable Diffusion and adapters, train adapters, convert files, and look into them.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
 app.command()(generate)
 app.command()(convert)
 app.command()(inspect)
+app.command()(train)
+app.command()(demo)
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ from refiners.fluxion.layers.module import Module, Return, WeightedModule
 from refiners.fluxion.layers.norm import GroupNorm, InstanceNorm2d, LayerNorm, LayerNorm2d, RMSNorm
 from refiners.fluxion.layers.parameters import Buffer, Parameter
 from refiners.fluxion.layers.pointwise import Cos, Multiply, Sin
+from refiners.fluxion.layers.recomputed import Recomputed
 from refiners.fluxion.layers.sampling import (
     Downsample,
     Interpolate,
@@ -76,6 +77,7 @@ __all__ = [
     "PixelUnshuffle",
     "RMSNorm",
     "ReLU",
+    "Recomputed",
     "ReflectionPad2d",
     "Reshape",
     "Residual",

@@ -1,0 +1,25 @@
+"""Training from a command line: one argument, the config; a mistake of the user is one line, not a traceback."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from refiners.training.guard import NonFiniteError
+from refiners.training.recipes.registry import train
+
+
+def main(arguments: Sequence[str] | None = None, recipe: str | None = None) -> None:
+    """Train as the config says that the arguments name. Exits with 1 and a message where it cannot go on."""
+    parser = argparse.ArgumentParser(description="Train as a TOML file says; the same command again goes on.")
+    parser.add_argument("config", help="a TOML file; examples are in configs/")
+    path = parser.parse_args(arguments).config
+    try:
+        train(path, recipe)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, OSError, ModuleNotFoundError, NonFiniteError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        for line in getattr(error, "__notes__", []):
+            print(line, file=sys.stderr)
+        sys.exit(1)

@@ -1,0 +1,164 @@
+"""Captioned pictures, from a folder or from a data set of the hub.
+
+A folder holds pictures at any depth, and captions in `name.txt` beside `name.png`, or in a file `metadata.jsonl` at its
+top with a line `{"file_name": "name.png", "text": "a cat"}` for each.
+"""
+
+import importlib
+import io
+import json
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from PIL import Image, ImageOps
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+OnBadItem = Literal["stop", "skip"]
+
+
+class DataError(ValueError):
+    """Data that cannot be trained on; the message names it."""
+
+
+class DataWarning(UserWarning):
+    """Data that was left out; the message names it."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture, not yet read.
+
+    caption: None if it has none.
+    mask: reads a grey picture of any size; the darker a place, the less it counts. None: all counts.
+    weight: what its loss is multiplied with.
+    """
+
+    name: str
+    read: Callable[[], bytes]
+    caption: str | None = None
+    mask: Callable[[], bytes] | None = None
+    weight: float = 1.0
+
+
+def decode(content: bytes, name: str, mode: str = "RGB") -> Image.Image:
+    """A picture upright, in a mode; transparent parts are white. Raises DataError if it cannot be read."""
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            upright = ImageOps.exif_transpose(image)
+        if upright.has_transparency_data:
+            upright = upright.convert("RGBA")
+            upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)
+        return upright.convert(mode)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"{name}: this is no picture that can be read ({error})") from error
+
+
+def read_folder(folder: Path | str, on_bad_item: OnBadItem = "stop", mask_folder: Path | None = None) -> list[Picture]:
+    """All pictures of a folder, by name.
+
+    on_bad_item: what to do with captions that have no picture: raise DataError, or warn and go on.
+    mask_folder: holds masks under the names of the pictures (with any suffix); a picture without one counts as a whole.
+    Raises FileNotFoundError if a folder is not there, DataError if there is no picture, or a caption file is damaged.
+    """
+    folder = Path(folder)
+    for each in (folder, mask_folder):
+        if each is not None and not each.is_dir():
+            raise FileNotFoundError(f"{each}: there is no such folder of pictures; give one that exists")
+    files = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.suffix.lower() in SUFFIXES}
+    captions = {**_captions_beside(folder), **_captions_in_metadata(folder)}
+    stems = {path.with_suffix(""): path for path in files}
+    lost = [str(name) for name in captions if name not in files and name not in stems]
+    complain(lost, f"{folder}: {len(lost)} captions have no picture", on_bad_item)
+    if not files:
+        raise DataError(f"{folder}: there are no pictures in it ({', '.join(SUFFIXES)})")
+    masks = {} if mask_folder is None else {path.stem: path for path in mask_folder.iterdir() if path.is_file()}
+    return [
+        Picture(
+            name=str(path),
+            read=path.read_bytes,
+            caption=captions.get(relative, captions.get(relative.with_suffix(""))),
+            mask=masks[path.stem].read_bytes if path.stem in masks else None,
+        )
+        for relative, path in files.items()
+    ]
+
+
+def read_hub(
+    repository: str,
+    split: str = "train",
+    revision: str | None = None,
+    image_column: str = "image",
+    caption_column: str = "text",
+) -> list[Picture]:
+    """All pictures of a data set of the hub, or of a local one that `datasets` can read.
+
+    Raises ModuleNotFoundError if `datasets` is not installed, DataError if a column is not there.
+    """
+    try:
+        datasets: Any = importlib.import_module("datasets")
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("a data set of the hub needs `datasets`: pip install datasets") from error
+    rows = datasets.load_dataset(repository, split=split, revision=revision)
+    for column in (image_column, caption_column):
+        if column not in rows.column_names:
+            raise DataError(f"{repository}: there is no column {column!r}, only {', '.join(rows.column_names)}")
+    rows = rows.cast_column(image_column, datasets.Image(decode=False))
+
+    def reader(index: int) -> Callable[[], bytes]:
+        def read() -> bytes:
+            image = rows[index][image_column]
+            return cast(bytes, image["bytes"]) if image["bytes"] else Path(image["path"]).read_bytes()
+
+        return read
+
+    captions = cast("list[str]", list(rows[caption_column]))
+    return [Picture(f"{repository}[{index}]", reader(index), caption) for index, caption in enumerate(captions)]
+
+
+def with_captions(pictures: Sequence[Picture], on_bad_item: OnBadItem, default: str | None = None) -> list[Picture]:
+    """The pictures that have a caption; `default` is given to those that have none, if it is not None."""
+    if default is not None:
+        return [picture if picture.caption is not None else replace(picture, caption=default) for picture in pictures]
+    lost = [picture.name for picture in pictures if picture.caption is None]
+    complain(lost, f"{len(lost)} of {len(pictures)} pictures have no caption", on_bad_item)
+    return [picture for picture in pictures if picture.caption is not None]
+
+
+def complain(names: Sequence[str], what: str, on_bad_item: OnBadItem) -> None:
+    """Raise DataError about these, or warn that they are left out; nothing if there are none."""
+    if not names:
+        return
+    listed = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+    if on_bad_item == "stop":
+        raise DataError(f'{what}: {listed}; mend them, or set dataset.on_bad_item = "skip"')
+    warnings.warn(f"{what} and were left out: {listed}", DataWarning, stacklevel=3)
+
+
+def _captions_beside(folder: Path) -> dict[Path, str]:
+    captions: dict[Path, str] = {}
+    for path in sorted(folder.rglob("*.txt")):
+        try:
+            captions[path.relative_to(folder).with_suffix("")] = path.read_text(encoding="utf-8").strip()
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path}: this caption is not UTF-8 text ({error.reason}); save it as UTF-8") from error
+    return captions
+
+
+def _captions_in_metadata(folder: Path) -> dict[Path, str]:
+    path = folder / "metadata.jsonl"
+    return dict(_rows(path)) if path.exists() else {}
+
+
+def _rows(path: Path) -> Iterator[tuple[Path, str]]:
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = cast("dict[str, Any]", json.loads(line))
+            yield Path(row["file_name"]), str(row["text"])
+        except (ValueError, KeyError, TypeError) as error:
+            wanted = '{"file_name": "cat.png", "text": "a cat"}'
+            raise DataError(f"{path}, line {number}: a line should be like {wanted}, not {line!r}") from error

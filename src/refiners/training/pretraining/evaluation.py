@@ -1,0 +1,79 @@
+"""How well the embedded model obeys captions of scenes that are held out from training."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from random import Random
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from refiners.fluxion.utils import tensor_to_image
+from refiners.foundationals.latent_diffusion.autoencoder import LatentDiffusionAutoencoder
+from refiners.foundationals.latent_diffusion.embedded import EMBEDDED_SOLVER_PARAMS
+from refiners.foundationals.scenes.captions import caption_of
+from refiners.foundationals.scenes.scene import Split, make_scenes
+from refiners.foundationals.scenes.scoring import Scores, score
+from refiners.solvers import DDIM
+from refiners.training.pretraining.diffusion import TextToLatents
+
+
+def held_out_captions(count: int, seed: int = 0, split: Split = Split.HELD_OUT) -> list[str]:
+    """Captions of scenes with combinations that training never had."""
+    scenes = make_scenes(count, torch.Generator().manual_seed(1_000 + seed), split)
+    chance = Random(1_000 + seed)
+    return [caption_of(scene, chance) for scene in scenes.to_list()]
+
+
+@torch.no_grad()
+def generate(
+    model: TextToLatents,
+    lda: LatentDiffusionAutoencoder,
+    captions: Sequence[str],
+    steps: int = 20,
+    guidance: float = 4.0,
+    seed: int = 0,
+) -> Tensor:
+    """Pictures of captions, (B, 3, 32, 32) in about [-1, 1], by DDIM with classifier-free guidance."""
+    count, solver = len(captions), DDIM(steps, params=EMBEDDED_SOLVER_PARAMS)
+    x = torch.randn(count, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
+    text = model.clip_text_encoder([*captions, *[""] * count])
+    for step in solver.inference_steps:
+        model.unet.set_timestep(solver.timesteps[step].expand(2 * count))
+        model.unet.set_clip_text_embedding(text)
+        with_caption, without = model.unet(torch.cat([x, x])).chunk(2)
+        x = solver(x, without + guidance * (with_caption - without), step)
+    return lda.decode(x)
+
+
+def evaluate(
+    model: TextToLatents,
+    lda: LatentDiffusionAutoencoder,
+    count: int = 500,
+    guidance: float = 4.0,
+    split: Split = Split.HELD_OUT,
+    seed: int = 0,
+    picture: Path | None = None,
+) -> Scores:
+    """Scores on `count` captions, 20 steps each.
+
+    picture: where to put the first 64 as one picture.
+    """
+    captions = held_out_captions(count, seed, split)
+    images = torch.cat(
+        [
+            generate(model, lda, captions[start : start + 100], guidance=guidance, seed=seed + start)
+            for start in range(0, count, 100)
+        ]
+    )
+    if picture is not None:
+        tile(images[:64]).save(picture)
+    return score(images, captions)
+
+
+def tile(images: Tensor, columns: int = 8, scale: int = 4) -> Image.Image:
+    """Pictures in [-1, 1] side by side, as many as fill whole rows, each pixel `scale` wide."""
+    rows, (channels, height, width) = len(images) // columns, images.shape[1:]
+    grid = images[: rows * columns].reshape(rows, columns, channels, height, width).permute(2, 0, 3, 1, 4)
+    image = tensor_to_image((grid.reshape(1, channels, rows * height, columns * width) + 1) / 2)
+    return image.resize((scale * columns * width, scale * rows * height), Image.Resampling.NEAREST)

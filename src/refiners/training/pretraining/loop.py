@@ -1,0 +1,160 @@
+"""The loop that all parts of the pretraining share: AdamW, an average of the weights, checkpoints, going on.
+
+Every step draws its own data from its own seed, so that the weights, their averages, what AdamW remembers and the
+number of the step are all that a run needs to go on as if it had not been interrupted.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from refiners.weights.files import read_metadata, read_safetensors, write_safetensors
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to train.
+
+    steps: how many in all. A run that ended goes on if there are more.
+    peak_rate: the learning rate after `warm_up` steps, until it falls in a line to 0 over the last `decay` of steps.
+    averaging: the largest share that the average of the weights keeps in a step; early on it is less.
+    """
+
+    steps: int
+    peak_rate: float
+    warm_up: int = 100
+    decay: float = 0.3
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.99)
+    averaging: float = 0.999
+    max_gradient: float = 1.0
+    save_every: int = 200
+    report_every: int = 50
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step, 0 … steps - 1."""
+        rising = min(1.0, (step + 1) / self.warm_up)
+        falling = min(1.0, (self.steps - step) / max(1.0, self.decay * self.steps))
+        return self.peak_rate * rising * falling
+
+
+class Trainee:
+    """A model in training: what AdamW remembers of it, and the average of its weights."""
+
+    def __init__(self, model: nn.Module, plan: Plan) -> None:
+        self.model = model
+        self.plan = plan
+        self.step = 0
+        self.parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
+        matrices = [value for name, value in self.parameters.items() if _decays(name, value)]
+        others = [value for name, value in self.parameters.items() if not _decays(name, value)]
+        groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=plan.peak_rate, betas=plan.betas, weight_decay=plan.weight_decay)
+        self.average = {name: value.detach().clone() for name, value in self.parameters.items()}
+
+    def learn(self, loss: Tensor) -> None:
+        """One step down the gradient of `loss`. Raises FloatingPointError if that is not finite."""
+        self.optimizer.zero_grad()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.plan.max_gradient)
+        if not bool(norm.isfinite()):
+            raise FloatingPointError(f"the gradient of step {self.step} is not finite; lower the learning rate")
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.plan.rate(self.step)
+        self.optimizer.step()
+        self.step += 1
+        share = min(self.plan.averaging, (1 + self.step) / (10 + self.step))
+        for name, value in self.parameters.items():
+            self.average[name].lerp_(value.detach(), 1 - share)
+
+    def save(self, path: Path) -> None:
+        """Write all that is needed to go on; the file is whole at any moment."""
+        tensors: dict[str, Tensor] = {}
+        for name, value in self.parameters.items():
+            memory = self.optimizer.state[value]
+            tensors[f"weight.{name}"] = value.detach()
+            tensors[f"average.{name}"] = self.average[name]
+            tensors[f"mean.{name}"] = memory["exp_avg"]
+            tensors[f"square.{name}"] = memory["exp_avg_sq"]
+        write_safetensors(path, tensors, metadata={"step": str(self.step)})
+
+    def load(self, path: Path) -> None:
+        """Take up where `save` left off. Raises KeyError or RuntimeError if the file is of another model."""
+        tensors = read_safetensors(path)
+        self.step = int(read_metadata(path)["step"])
+        for name, value in self.parameters.items():
+            value.data.copy_(tensors[f"weight.{name}"])
+            self.average[name].copy_(tensors[f"average.{name}"])
+            self.optimizer.state[value] = {
+                "step": torch.tensor(float(self.step)),
+                "exp_avg": tensors[f"mean.{name}"].clone(),
+                "exp_avg_sq": tensors[f"square.{name}"].clone(),
+            }
+
+    def use_average(self) -> None:
+        """Give the model the average of its weights, at the end."""
+        for name, value in self.parameters.items():
+            value.data.copy_(self.average[name])
+
+
+def train(
+    name: str,
+    model: nn.Module,
+    plan: Plan,
+    loss_of: Callable[[torch.Generator], Tensor],
+    folder: Path,
+    report: Callable[[str], None] = print,
+    at_save: Callable[[Trainee], None] | None = None,
+) -> None:
+    """Train a model to the end of its plan, from its checkpoint in `folder` if there is one; then average.
+
+    loss_of: the loss of one step; all that it draws by lot comes from the generator.
+    at_save: called after each checkpoint.
+    """
+    trainee, path = Trainee(model, plan), folder / f"{name}.safetensors"
+    if path.exists():
+        trainee.load(path)
+    generator, losses, start = torch.Generator(), list[float](), time.monotonic()
+    while trainee.step < plan.steps:
+        generator.manual_seed(trainee.step)
+        loss = loss_of(generator)
+        trainee.learn(loss)
+        losses.append(loss.item())
+        if trainee.step % plan.report_every == 0:
+            seconds = (time.monotonic() - start) / len(losses)
+            recent = losses[-plan.report_every :]
+            clock = time.strftime("%H:%M:%S")
+            report(f"{clock} {name} {trainee.step}: loss {sum(recent) / len(recent):.4f}, {seconds:.2f} s a step")
+        if trainee.step % plan.save_every == 0 or trainee.step == plan.steps:
+            trainee.save(path)
+            if at_save is not None:
+                at_save(trainee)
+    trainee.use_average()
+
+
+def load_average(model: nn.Module, path: Path) -> None:
+    """Give a model the average of the weights of a checkpoint. Raises as `Trainee.load`."""
+    tensors = read_safetensors(path)
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            value.copy_(tensors[f"average.{name}"])
+
+
+def _decays(name: str, value: Tensor) -> bool:
+    """Matrices and kernels decay; biases, norms and the vectors of words do not: a rare word must not fade away."""
+    return value.ndim > 1 and "TokenEncoder" not in name
+
+
+def reporter(folder: Path) -> Callable[[str], None]:
+    """Prints a line, and adds it to the progress file of `folder`."""
+
+    def report(line: str) -> None:
+        print(line, flush=True)
+        with open(folder / "progress.md", "a", encoding="utf-8") as file:
+            file.write(f"- {line}\n")
+
+    return report

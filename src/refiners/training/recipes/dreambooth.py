@@ -1,0 +1,99 @@
+"""Recipe `dreambooth`: teaches a LoRA one subject, and reminds it of the subject's class (arXiv 2208.12242).
+
+Pictures of the class, made by the model itself before it trains, are trained on as well, so that the class does not
+drift towards the subject (prior preservation, section 3.3).
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from refiners.foundationals.latent_diffusion import StableDiffusion_1
+from refiners.training.data.pictures import Picture, read_folder
+from refiners.training.distributed import Process
+from refiners.training.randomness import apart, mix
+from refiners.training.recipes.config import TextToImageConfig
+from refiners.training.recipes.lora import LoraConfig, inject_loras
+from refiners.training.recipes.text_to_image import load_model, read_pictures, train
+from refiners.training.reporting import note
+from refiners.training.settings import Section
+from refiners.training.trainer import Trainer
+
+
+class DreamboothConfig(Section):
+    """The section `[dreambooth]`.
+
+    instance_prompt: says the subject by a rare word, as in "a photo of sks dog"; the caption of all its pictures.
+    class_prompt: the same without that word, "a photo of a dog".
+    prior_images: how many pictures of the class to train on; 0 for none. They are made where `prior_folder` lacks them.
+    prior_folder: None for `<save_folder>/prior`.
+    prior_loss_weight: how much the class counts against the subject.
+    """
+
+    instance_prompt: str = Field(min_length=1)
+    class_prompt: str = ""
+    prior_images: int = Field(default=0, ge=0)
+    prior_folder: Path | None = None
+    prior_loss_weight: float = Field(default=1.0, ge=0)
+    num_inference_steps: int = Field(default=30, ge=1, le=1000)
+
+
+class DreamboothTrainingConfig(TextToImageConfig):
+    """The settings of recipe `dreambooth`."""
+
+    recipe: Literal["dreambooth"] = "dreambooth"
+    dreambooth: DreamboothConfig
+    lora: LoraConfig = LoraConfig()
+
+    @model_validator(mode="after")
+    def _holds_nothing_out(self) -> "DreamboothTrainingConfig":
+        if self.dataset.held_out:
+            raise ValueError("dataset.held_out: the few pictures of a subject are all trained on; set it to 0")
+        return self
+
+
+def run(config: DreamboothTrainingConfig, process: Process) -> Trainer:
+    """Train as the config says."""
+    settings = config.dreambooth
+    with_default = config.dataset.model_copy(update={"default_caption": settings.instance_prompt})
+    subject = read_pictures(config.model_copy(update={"dataset": with_default}))
+    subject = [replace(picture, caption=settings.instance_prompt) for picture in subject]
+    sd = load_model(config, process)
+    prior = _prior_pictures(config, sd, process) if settings.prior_images else []
+    choice = inject_loras(sd, config.lora)
+    return train(config, sd, balanced(subject, prior), choice, process)
+
+
+def balanced(subject: Sequence[Picture], prior: Sequence[Picture]) -> list[Picture]:
+    """Both together, with the subject's pictures repeated until there are at least as many of them."""
+    repeats = max(1, -(-len(prior) // len(subject)))
+    return [*list(subject) * repeats, *prior]
+
+
+def _prior_pictures(config: DreamboothTrainingConfig, sd: StableDiffusion_1, process: Process) -> list[Picture]:
+    settings = config.dreambooth
+    folder = settings.prior_folder or config.checkpointing.save_folder / "prior"
+    folder.mkdir(parents=True, exist_ok=True)
+    show = note("pictures of the class", process)
+    for number in range(process.rank, settings.prior_images, process.count):
+        path = folder / f"{number:05d}.png"
+        if not path.exists():
+            _make(sd, config, path, seed=mix(config.training.seed, "prior", number))
+        show(number + 1, settings.prior_images)
+    process.wait()
+    pictures = read_folder(folder)[: settings.prior_images]
+    return [replace(picture, caption=settings.class_prompt, weight=settings.prior_loss_weight) for picture in pictures]
+
+
+def _make(sd: StableDiffusion_1, config: DreamboothTrainingConfig, path: Path, seed: int) -> None:
+    settings = config.dreambooth
+    with apart(seed):
+        (image,) = sd.generate(
+            settings.class_prompt, seed=seed, num_inference_steps=settings.num_inference_steps, show_progress=False
+        )
+    beside = path.with_suffix(".unfinished")
+    image.save(beside, format="PNG")
+    beside.replace(path)

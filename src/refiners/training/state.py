@@ -1,0 +1,70 @@
+"""What a checkpoint keeps of a training, by the names of parameters and in full tensors, and how it is put back."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from refiners.training.config import FREE_TO_CHANGE
+from refiners.training.distributed import spread_as, whole
+from refiners.training.settings import ConfigError, differences
+
+
+def optimizer_state(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Any]:
+    """The state of each parameter, and the settings of each group with the names of its parameters."""
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    states = {
+        names[id(parameter)]: {key: whole(value) if isinstance(value, Tensor) else value for key, value in each.items()}
+        for parameter, each in optimizer.state.items()
+    }
+    groups = [
+        {**group, "params": [names[id(parameter)] for parameter in group["params"]]} for group in optimizer.param_groups
+    ]
+    return {"states": states, "groups": groups}
+
+
+def load_optimizer_state(
+    optimizer: Optimizer, parameters: Mapping[str, nn.Parameter], saved: Mapping[str, Any]
+) -> None:
+    """Undo `optimizer_state`, on as many processes as there are now."""
+    order = [name for group in saved["groups"] for name in group["params"]]
+    places = {name: index for index, name in enumerate(order)}
+    states: dict[int, dict[str, Any]] = {}
+    for name, each in saved["states"].items():
+        reference = parameters[name]
+        states[places[name]] = {
+            key: spread_as(value, reference) if isinstance(value, Tensor) and value.shape == reference.shape else value
+            for key, value in each.items()
+        }
+    groups = [{**group, "params": [places[name] for name in group["params"]]} for group in saved["groups"]]
+    optimizer.load_state_dict({"state": states, "param_groups": groups})
+
+
+def check_same_weights(path: Path, saved: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> None:
+    """Raises ValueError if the weights of a checkpoint are not those that train."""
+    lost, new = sorted(saved.keys() - parameters.keys()), sorted(parameters.keys() - saved.keys())
+    if lost or new:
+        raise ValueError(
+            f"{path}: it holds {len(lost)} weights that do not train now (first: {lost[:1]}) and lacks {len(new)} that "
+            f"do (first: {new[:1]}); choose another checkpointing.save_folder"
+        )
+    for name, weight in saved.items():
+        if weight.shape != parameters[name].shape:
+            raise ValueError(
+                f"{path}: {name} has shape {tuple(weight.shape)} there, but {tuple(parameters[name].shape)} now; "
+                "choose another checkpointing.save_folder"
+            )
+
+
+def check_same_config(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raises ConfigError if settings that bear on the weights to come are not those of the checkpoint."""
+    changed = differences(before, now)
+    matter = {name: values for name, values in changed.items() if not name.startswith(FREE_TO_CHANGE)}
+    if matter:
+        listed = "; ".join(f"{name} was {old!r} and is {new!r}" for name, (old, new) in matter.items())
+        raise ConfigError(
+            f"{path}: this checkpoint was made with other settings: {listed}; set them back, choose another "
+            "checkpointing.save_folder, or set checkpointing.allow_changes = true"
+        )
