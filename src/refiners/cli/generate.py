@@ -16,7 +16,10 @@ Seeds = Annotated[
 Steps = Annotated[
     int | None, typer.Option(help="From noise to picture; by default as many as the model has, mostly 30.")
 ]
-Guidance = Annotated[float | None, typer.Option(help="How much the prompt counts; 1 for no guidance. By default 7.5.")]
+Guidance = Annotated[
+    float | None,
+    typer.Option(help="How much the prompt counts; 1 for no guidance. By default the model's, mostly 7.5."),
+]
 SolverName = Annotated[
     str | None, typer.Option("--solver", help="Such as ddim or euler; a name that is none lists all of them.")
 ]

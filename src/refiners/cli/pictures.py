@@ -124,6 +124,7 @@ def _prepared(settings: Settings) -> tuple[StableDiffusion_1, Settings]:
         settings,
         device=str(device),
         dtype=str(dtype).removeprefix("torch."),
+        guidance=model.spec.condition_scale if settings.guidance is None else settings.guidance,
         steps=model.solver.num_inference_steps if settings.steps is None else settings.steps,
         solver=settings.solver or own_solver,
     )

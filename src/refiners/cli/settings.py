@@ -40,7 +40,7 @@ class Settings:
     negative: str = ""
     seed: int = 0
     steps: int | None = None
-    guidance: float = 7.5
+    guidance: float | None = None
     solver: str | None = None
     size: str | None = None
     init_image: str | None = None
@@ -107,7 +107,7 @@ def readable_text(settings: Settings) -> str:
     entries: dict[str, object] = {
         "Steps": settings.steps,
         "Sampler": SAMPLER_NAMES.get(settings.solver or "", settings.solver),
-        "CFG scale": f"{settings.guidance:g}",
+        "CFG scale": None if settings.guidance is None else f"{settings.guidance:g}",
         "Seed": settings.seed,
         "Size": settings.size,
         "Model": Path(settings.model).stem,

@@ -34,7 +34,7 @@ PICTURES = 384
 SHARE_OF_OTHERS = 0.25  # pictures without the new shape, so that the model keeps what it can
 BATCH_SIZE = 32
 PROMPTS = 48  # of each kind, to judge by
-GUIDANCE, SAMPLING_STEPS = 4.0, 20
+SAMPLING_STEPS = 20
 SHOWN = (
     f"a red {NAME} on white",
     f"a green {NAME} in the top left on black",
@@ -157,7 +157,6 @@ def draw(sd: StableDiffusion_1, prompts: Sequence[str]) -> list[Image.Image]:
         prompts,
         seed=list(range(len(prompts))),
         num_inference_steps=SAMPLING_STEPS,
-        condition_scale=GUIDANCE,
         solver="ddim",
         show_progress=False,
     )

@@ -49,6 +49,7 @@ EMBEDDED = StableDiffusionSpec(
     text_encoder=EMBEDDED_TEXT_ENCODER,
     solver_params=EMBEDDED_SOLVER_PARAMS,
     default_size=32,
+    condition_scale=2.0,
     vocabulary=EMBEDDED_VOCABULARY,
 )
 

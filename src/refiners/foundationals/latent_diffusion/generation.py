@@ -48,7 +48,7 @@ class TextToImage(LatentDiffusionModel):
         *,
         seed: int | Sequence[int] = 0,
         num_inference_steps: int | None = None,
-        condition_scale: float = 7.5,
+        condition_scale: float | None = None,
         solver: Solver | str | None = None,
         size: tuple[int, int] | None = None,
         init_image: Image.Image | None = None,
@@ -62,7 +62,7 @@ class TextToImage(LatentDiffusionModel):
 
         prompt, negative_prompt, seed: one for all pictures, or one for each. A picture depends on its own only.
         num_inference_steps: None for as many as the model's solver has, 30 by default.
-        condition_scale: of classifier-free guidance, 1 for none.
+        condition_scale: of classifier-free guidance, 1 for no guidance; None for the spec's, mostly 7.5.
         solver: a name as in `refiners.solvers.SOLVERS`, a solver, or None for the model's.
         size: height and width in pixels; None for that of `init_image`, or else of the pictures it was trained on.
         init_image: start from this picture, with noise of `strength`, in (0, 1], of the whole way.
@@ -75,6 +75,7 @@ class TextToImage(LatentDiffusionModel):
         _check_pictures(init_image, strength, mask)
         size = size or self._size_for(init_image)
         self.latents_size(size)
+        scale = self.spec.condition_scale if condition_scale is None else condition_scale
         before = self.solver
         self.solver = self._solver_for(solver, num_inference_steps, 1.0 if init_image is None else strength)
         try:
@@ -86,7 +87,7 @@ class TextToImage(LatentDiffusionModel):
             after_step = self.prepare_mask(init_image, mask, size, noise) if init_image and mask else None
             with _progress(len(self.steps), show_progress) as advance:
                 for number, step in enumerate(self.steps, start=1):
-                    predicted = self.predict_noise(x, step, text, condition_scale)
+                    predicted = self.predict_noise(x, step, text, scale)
                     clean = self.solver.predict_clean(x, predicted, step) if on_step else x
                     x = self.solver(x, predicted, step=step, generator=generators)
                     x = after_step(x, step) if after_step else x

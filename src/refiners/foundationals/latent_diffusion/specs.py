@@ -15,6 +15,7 @@ class StableDiffusionSpec:
     """The parts of a text-to-image model.
 
     default_size: side in pixels of the pictures it was trained on.
+    condition_scale: of classifier-free guidance, where no other is asked for.
     solver_params: its training schedule, and what its UNet predicts.
     vocabulary: of its tokenizer, a file in the form of CLIP's own.
     """
@@ -24,6 +25,7 @@ class StableDiffusionSpec:
     text_encoder: CLIPTextSpec = CLIP_L
     solver_params: SolverParams = field(default_factory=SolverParams)
     default_size: int = 512
+    condition_scale: float = 7.5
     vocabulary: Path = VOCABULARY_PATH
 
     def __post_init__(self) -> None:

@@ -1,0 +1,1 @@
+"""Makes the embedded model: reader, autoencoder, text encoder, UNet, one after the other."""

@@ -29,7 +29,7 @@ from refiners.training.pretraining.vocabulary import write_vocabulary
 from refiners.weights.files import read_safetensors, write_safetensors
 
 PARTS = ("vocabulary", "reader", "autoencoder", "text", "diffusion", "export", "evaluate")
-GUIDANCES = (3.0, 5.0)
+GUIDANCES = (2.0, 3.0)
 Parts = tuple[UNet, LatentDiffusionAutoencoder, CLIPTextEncoder]
 NAMES = ("unet", "lda", "clip_text_encoder")  # first parts of the names in the weights of the package
 

@@ -17,6 +17,8 @@ from refiners.foundationals.scenes.scoring import Scores, score
 from refiners.solvers import DDIM
 from refiners.training.pretraining.diffusion import TextToLatents
 
+GUIDANCE = 2.0  # more makes things come up twice where a caption leaves their places open
+
 
 def held_out_captions(count: int, seed: int = 0, split: Split = Split.HELD_OUT) -> list[str]:
     """Captions of scenes with combinations that training never had."""
@@ -31,7 +33,7 @@ def generate(
     lda: LatentDiffusionAutoencoder,
     captions: Sequence[str],
     steps: int = 20,
-    guidance: float = 4.0,
+    guidance: float = GUIDANCE,
     seed: int = 0,
 ) -> Tensor:
     """Pictures of captions, (B, 3, 32, 32) in about [-1, 1], by DDIM with classifier-free guidance."""
@@ -50,7 +52,7 @@ def evaluate(
     model: TextToLatents,
     lda: LatentDiffusionAutoencoder,
     count: int = 500,
-    guidance: float = 4.0,
+    guidance: float = GUIDANCE,
     split: Split = Split.HELD_OUT,
     seed: int = 0,
     picture: Path | None = None,
