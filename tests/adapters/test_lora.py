@@ -107,7 +107,7 @@ def test_the_strength_is_scale_times_alpha_over_rank(build: Any, shape: tuple[in
 
 def test_the_scale_of_several_loras_is_asked_for_one_by_one() -> None:
     _, adapter = on_linear(2)
-    with pytest.raises(AttributeError, match=r"2 LoRAs .*n0, n1"):
+    with pytest.raises(AttributeError, match=r"2 updates .*n0, n1"):
         _ = adapter.scale
     adapter.remove_lora("n0")
     assert adapter.scale == 1.0
@@ -165,7 +165,7 @@ FAULTS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "same names": (lambda: LoraAdapter(fl.Linear(4, 3), linear_lora(), linear_lora()), ValueError, "LoRA 'a' on this"),
     "added misfit": (lambda: on_linear()[1].add_lora(LinearLora("b", 4, 4)), ValueError, "maps 4 to 4 .*layer 4 to 3"),
     "name taken": (lambda: on_linear()[1].add_lora(linear_lora("n0")), ValueError, "'n0' on this layer already"),
-    "not there": (lambda: on_linear(2)[1].remove_lora("b"), KeyError, "no LoRA 'b' here; there are: n0, n1"),
+    "not there": (lambda: on_linear(2)[1].remove_lora("b"), KeyError, "no update 'b' here; there are: n0, n1"),
     "rank 0": (lambda: linear_lora(rank=0), ValueError, "rank of a LoRA must be at least 1.* not 0"),
     "rank -1": (lambda: conv_lora(rank=-1), ValueError, "rank of a LoRA must be at least 1.* not -1"),
     "rank and groups": (lambda: grouped(3), ValueError, "multiple of its 2 groups, not 3"),

@@ -1,66 +1,48 @@
 """Low-rank maps x -> scale * (alpha / rank) * up(down(x)) (arXiv 2106.09685, section 4.1), of features or channels."""
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Generic, Self, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from refiners.adapters.delta import RankedDelta, Scale, repeated
 from refiners.fluxion.layers.conv import Conv2d, IntPair, PaddingMode
 from refiners.fluxion.layers.linear import Linear
-from refiners.fluxion.layers.module import Module, WeightedModule, shell_copy
+from refiners.fluxion.layers.module import WeightedModule
+from refiners.weights.lora_keys.kinds import Kind
 
 Map = TypeVar("Map", bound=WeightedModule)
 
 
-class Lora(Module, ABC, Generic[Map]):
+class Lora(RankedDelta, ABC, Generic[Map]):
     """A low-rank map up(down(x)), times scale * alpha / rank. Starts as zero: `down` is random, `up` is zero.
 
     name: what tells it from others on the same layer.
     scale: how strong it is now; alpha: how strong its maker meant it to be (saved with the weights), rank if not given.
     """
 
-    is_printed_whole = True
+    kind = Kind.LORA
     _trailing: tuple[int, ...] = ()  # sizes of 1 that spread `factor` over the dimensions behind the channels
     down: Map
     up: Map
-    alpha: Tensor  # () float32, saved
-    factor: Tensor  # (rank,) float32, scale * alpha / rank: a buffer, so that a new scale needs no new compilation
+    factor: Tensor  # (rank,), or (n, rank) for n samples
 
-    def __init__(self, name: str, down: Map, up: Map, scale: float, alpha: float | None) -> None:
-        super().__init__()
-        self.name = name
+    def __init__(self, name: str, down: Map, up: Map, scale: Scale, alpha: float | None) -> None:
+        super().__init__(name, scale, alpha)
         self.down = down
         self.up = up
-        self._alpha = _checked_number("alpha", self.rank if alpha is None else alpha)
-        self._scale = _checked_number("scale", scale)
-        self.register_buffer("alpha", None)
-        self.register_buffer("factor", None, persistent=False)
         self._make_numbers()
         if not self.down.weight.is_meta:  # weights that come later need no start, and torch is slow to give none
             nn.init.normal_(self.down.weight, std=1 / self.rank)
             nn.init.zeros_(self.up.weight)
 
     @property
-    @abstractmethod
-    def rank(self) -> int:
-        """How many dimensions the map goes through."""
-
-    @property
-    def scale(self) -> float:
-        """How strong the update is; 0 is off, 1 as its maker meant it. Any finite number."""
-        return self._scale
-
-    @scale.setter
-    def scale(self, value: float) -> None:
-        self._scale = _checked_number("scale", value)
-        if self.factor.is_inference():  # made under inference_mode, where tensors cannot be changed later
-            self._make_numbers()
-        else:
-            self.factor.fill_(self._strength)
+    def runs_as_weight(self) -> bool:
+        """Two small products take less than one with the whole weight."""
+        return False
 
     @property
     def device(self) -> torch.device:
@@ -72,25 +54,29 @@ class Lora(Module, ABC, Generic[Map]):
         """The number format of the weights."""
         return self.down.weight.dtype
 
-    @abstractmethod
-    def misfit(self, layer: nn.Module) -> str | None:
-        """Why this map cannot be added to `layer`, or None if it can."""
-
     @classmethod
     def can_stack(cls, loras: "Sequence[Lora[Any]]") -> bool:
         """Whether these maps, all of this class, can run as one whose rank is the sum of theirs."""
         return True
 
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """The weights of the way down (rank, in, ...) and up (out, rank, ...), as they run."""
+        return _weight(self, "down"), _weight(self, "up")
+
     @abstractmethod
     def add_to(self, base: Tensor, x: Tensor, down: Tensor, up: Tensor, factor: Tensor) -> Tensor:
         """The sum of `base` and the update of `x` by these weights: its own, or those of several maps as of one.
 
-        down (R, ...), up (out, R, ...) and factor (R,), for R the sum of the ranks.
+        down (R, ...), up (out, R, ...) and factor (R,) or (B, R), for R the sum of the ranks and B samples.
         """
 
-    def forward(self, x: Tensor) -> Tensor:
+    def update(self, x: Tensor, output: Tensor, layer: nn.Module) -> Tensor:
+        """As in `Delta`; a LoRA needs neither the layer nor its output."""
+        return self(x)
+
+    def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]  # see `update`
         h = self.down(x.to(self.dtype) if needs_cast(x, self.dtype) else x)
-        return self.up(h * self.factor.to(h.dtype).view(-1, *self._trailing)).to(x.dtype)
+        return self.up(h * self._spread(self.factor.to(h.dtype), h)).to(x.dtype)
 
     def load_weights(self, down_weight: Tensor, up_weight: Tensor, alpha: float | None = None) -> None:
         """Copy weights of the same shapes into this map, in place. Raises ValueError if a shape differs."""
@@ -104,40 +90,22 @@ class Lora(Module, ABC, Generic[Map]):
         if alpha is not None:
             self._set_alpha(alpha)
 
-    def structural_copy(self) -> Self:
-        """Return a copy with a scale of its own and the same weights."""
-        clone = shell_copy(self)
-        clone._buffers["factor"] = self.factor.clone()
-        return clone
+    def parts(self) -> dict[str, Tensor]:
+        """As `from_parts` takes them: "down" (rank, in, ...) and "up" (out, rank, ...)."""
+        return {"down": self.down.weight, "up": self.up.weight}
 
-    @property
-    def _strength(self) -> float:
-        return self._scale * self._alpha / self.rank
+    def _spread(self, factor: Tensor, h: Tensor) -> Tensor:
+        """Factors in a shape that multiplies h (B, ..., rank), or (B, rank, H, W) of a convolution."""
+        if factor.ndim == 1:
+            return factor.view(-1, *self._trailing)
+        middle = [1] * (h.ndim - 2 - len(self._trailing))
+        return repeated(factor, h.shape[0]).view(h.shape[0], *middle, -1, *self._trailing)
 
-    def _make_numbers(self, device: torch.device | None = None) -> None:
-        """Lay alpha and factor where the weights lie, in float32 whatever the format of the weights is."""
-        where: dict[str, Any] = {"dtype": torch.float32, "device": device or self.device}
-        self._buffers["alpha"] = torch.tensor(self._alpha, **where)
-        self._buffers["factor"] = torch.full((self.rank,), self._strength, **where)
+    def _factor(self, device: torch.device) -> Tensor:
+        return super()._factor(device).unsqueeze(-1).repeat_interleave(self.rank, -1)
 
-    def _set_alpha(self, alpha: float) -> None:
-        self._alpha = _checked_number("alpha", alpha)
-        self.alpha.fill_(self._alpha)
-        self.factor.fill_(self._strength)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)
-        self._make_numbers()
-        return self
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        if not self.alpha.is_meta:
-            self._alpha = _checked_number("alpha", self.alpha.item())
-            self._make_numbers(self.alpha.device)
-
-    def extra_repr(self) -> str:
-        return f"{self.name!r}, rank={self.rank}, alpha={self._alpha:g}, scale={self._scale:g}"
+    def _single_factor(self) -> Tensor:
+        return super()._single_factor()[0]
 
 
 class LinearLora(Lora[Linear]):
@@ -150,7 +118,7 @@ class LinearLora(Lora[Linear]):
         in_features: int,
         out_features: int,
         rank: int = 16,
-        scale: float = 1.0,
+        scale: Scale = 1.0,
         alpha: float | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -162,8 +130,8 @@ class LinearLora(Lora[Linear]):
 
     @classmethod
     def from_weights(
-        cls, name: str, /, down: Tensor, up: Tensor, scale: float = 1.0, alpha: float | None = None
-    ) -> "LinearLora":
+        cls, name: str, /, down: Tensor, up: Tensor, scale: Scale = 1.0, alpha: float | None = None
+    ) -> Self:
         """A LoRA of given weights, down (rank, in_features) and up (out_features, rank), which it takes as they are."""
         if down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1]:
             raise ValueError(f"LoRA {name!r}: down {tuple(down.shape)} and up {tuple(up.shape)} do not share a rank")
@@ -194,9 +162,22 @@ class LinearLora(Lora[Linear]):
             return None
         return f"it maps {ours[0]} to {ours[1]} features, the layer {theirs[0]} to {theirs[1]}"
 
+    @classmethod
+    def from_parts(
+        cls, layer: nn.Module, name: str, parts: Mapping[str, Tensor], alpha: float | None = None, scale: Scale = 1.0
+    ) -> Self:
+        """A LoRA of "down" (rank, in_features) and "up" (out_features, rank)."""
+        return cls.from_weights(name, parts["down"], parts["up"], scale, alpha).checked_for(layer)
+
+    def direction(self, weight: Tensor) -> Tensor:
+        """The product of the way up and the way down."""
+        down, up = self.factors()
+        return up @ down
+
     def add_to(self, base: Tensor, x: Tensor, down: Tensor, up: Tensor, factor: Tensor) -> Tensor:
         """The sum of `base` and the update: two matrix products, the second of which also adds."""
-        h = F.linear(x, down) * factor
+        h = F.linear(x, down)
+        h = h * (factor if factor.ndim == 1 else self._spread(factor, h))
         if base.ndim == 2:
             return torch.addmm(base, h, up.t())
         return torch.addmm(base.reshape(-1, base.shape[-1]), h.reshape(-1, h.shape[-1]), up.t()).view(base.shape)
@@ -211,6 +192,8 @@ class Conv2dLora(Lora[Conv2d]):
     """
 
     _trailing = (1, 1)
+    # The core of a Tucker decomposition, up(mid(down(x))): it has the layer's kernel, and `down` is 1x1.
+    mid: Conv2d | None = None
 
     def __init__(
         self,
@@ -219,7 +202,7 @@ class Conv2dLora(Lora[Conv2d]):
         in_channels: int,
         out_channels: int,
         rank: int = 16,
-        scale: float = 1.0,
+        scale: Scale = 1.0,
         kernel_size: tuple[IntPair, IntPair] = (1, 3),
         stride: tuple[IntPair, IntPair] = (1, 1),
         padding: tuple[IntPair | str, IntPair | str] = (0, 1),
@@ -244,11 +227,11 @@ class Conv2dLora(Lora[Conv2d]):
         /,
         down: Tensor,
         up: Tensor,
-        scale: float = 1.0,
+        scale: Scale = 1.0,
         alpha: float | None = None,
         stride: tuple[IntPair, IntPair] = (1, 1),
         padding: tuple[IntPair | str, IntPair | str] | None = None,
-    ) -> "Conv2dLora":
+    ) -> Self:
         """A LoRA of given weights, down (rank, in, h, w) and up (out, rank, h, w), which it takes as they are.
 
         padding: half of each kernel if not given, which keeps height and width at stride 1.
@@ -294,7 +277,7 @@ class Conv2dLora(Lora[Conv2d]):
         ours, theirs = (self.in_channels, self.out_channels), (layer.in_channels, layer.out_channels)
         if ours != theirs:
             return f"it maps {ours[0]} to {ours[1]} channels, the layer {theirs[0]} to {theirs[1]}"
-        stride = tuple(down * up for down, up in zip(self.down.stride, self.up.stride, strict=True))
+        stride = tuple(down * up for down, up in zip(self._spatial.stride, self.up.stride, strict=True))
         return None if stride == layer.stride else f"its stride is {stride}, that of the layer {layer.stride}"
 
     @classmethod
@@ -304,26 +287,89 @@ class Conv2dLora(Lora[Conv2d]):
         return len(geometries) == 1 and all(cast(Conv2dLora, lora)._is_plain for lora in loras)
 
     @property
+    def _spatial(self) -> Conv2d:
+        """The convolution that has the layer's kernel."""
+        return self.down if self.mid is None else self.mid
+
+    @property
     def _geometry(self) -> tuple[Any, ...]:
-        down = self.down
-        return (down.kernel_size, down.stride, down.padding, down.dilation, down.padding_mode)
+        conv = self._spatial
+        return (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.padding_mode)
 
     @property
     def _is_plain(self) -> bool:
         up = self.up
-        return self.down.groups == 1 and (up.kernel_size, up.stride, up.padding) == ((1, 1), (1, 1), (0, 0))
+        return self._spatial.groups == 1 and (up.kernel_size, up.stride, up.padding) == ((1, 1), (1, 1), (0, 0))
+
+    @classmethod
+    def from_parts(
+        cls, layer: nn.Module, name: str, parts: Mapping[str, Tensor], alpha: float | None = None, scale: Scale = 1.0
+    ) -> Self:
+        """A LoRA with the geometry of `layer` on the way down, and 1x1 on the way up.
+
+        parts: "down" (rank, in, h, w) and "up" (out, rank, 1, 1); or "down" (rank, in, 1, 1) and the core of a Tucker
+            decomposition, "mid" (rank, rank, h, w).
+        """
+        misfit = None if isinstance(layer, nn.Conv2d) else f"it updates a convolution, not a {type(layer).__name__}"
+        if misfit or not isinstance(layer, nn.Conv2d):
+            raise ValueError(f"LoRA {name!r} does not fit: {misfit}")
+        down, up = parts["down"], parts["up"]
+        lora: Any = lora_for(layer, name, down.shape[0], scale, alpha, device="meta", dtype=down.dtype)
+        if "mid" in parts:
+            lora.add_core(parts["mid"])
+        return _with_weights(lora, down, up).checked_for(layer)
+
+    def add_core(self, weight: Tensor) -> None:
+        """Put a convolution of this weight (rank, rank, h, w) in the middle, with the kernel that `down` had."""
+        self.mid, self.down = (
+            self.down,
+            Conv2d(self.in_channels, self.rank, 1, use_bias=False, device="meta", dtype=weight.dtype),
+        )
+        self.mid.in_channels = self.rank
+        self.mid.weight = nn.Parameter(weight.detach())
+
+    def parts(self) -> dict[str, Tensor]:
+        """As in `Lora`, and "mid" (rank, rank, h, w) if there is one."""
+        return super().parts() | ({} if self.mid is None else {"mid": self.mid.weight})
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """As in `Lora`; what is in the middle is multiplied into the way down."""
+        down, up = super().factors()
+        if self.mid is not None:
+            down = torch.einsum("rshw,si->rihw", _weight(self, "mid"), down.flatten(1))
+        return down, up
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As in `Lora`."""
+        if self.mid is None:
+            return super().forward(x)
+        h = self.mid(self.down(x.to(self.dtype) if needs_cast(x, self.dtype) else x))
+        return self.up(h * self._spread(self.factor.to(h.dtype), h)).to(x.dtype)
+
+    def direction(self, weight: Tensor) -> Tensor:
+        """The product of the way up and the way down, in the shape of the layer's weight.
+
+        Raises ValueError if both ways have kernels: the two convolutions are then not one of the layer's kernel.
+        """
+        down, up = self.factors()
+        if down.shape[2:].numel() != 1 and up.shape[2:].numel() != 1:
+            raise ValueError(f"LoRA {self.name!r} has kernels on both ways, so it is no update of one weight")
+        groups = self.down.groups
+        ups = up.reshape(groups, -1, *up.shape[1:]).flatten(3)
+        downs = down.reshape(groups, -1, *down.shape[1:]).flatten(3)
+        return torch.einsum("gorp,griq->goipq", ups, downs).reshape(weight.shape)
 
     def add_to(self, base: Tensor, x: Tensor, down: Tensor, up: Tensor, factor: Tensor) -> Tensor:
         """The sum of `base` and the update: one convolution down, one up."""
-        h = self.down._conv_forward(x, down, None)
-        return base + F.conv2d(h * factor.view(-1, 1, 1), up)
+        h = self._spatial._conv_forward(x, down, None)
+        return base + F.conv2d(h * self._spread(factor, h), up)
 
 
 def lora_for(
     layer: nn.Linear | nn.Conv2d,
     name: str,
     rank: int,
-    scale: float,
+    scale: Scale,
     alpha: float | None,
     device: torch.device | str | None,
     dtype: torch.dtype | None,
@@ -349,27 +395,10 @@ def lora_for(
     )
 
 
-def lora_from_weights(
-    layer: nn.Linear | nn.Conv2d, name: str, down: Tensor, up: Tensor, scale: float, alpha: float
-) -> Lora[Any]:
-    """An update for a layer of given weights, which it takes as they are; geometry as in `lora_for`.
-
-    down (rank, in) and up (out, rank); for a convolution (rank, in, h, w), with its kernel, and (out, rank, 1, 1).
-    """
-    lora = lora_for(layer, name, down.shape[0], scale, alpha, device="meta", dtype=down.dtype)
-    return _with_weights(lora, down, up)
-
-
 def needs_cast(x: Tensor, dtype: torch.dtype) -> bool:
     """Whether `x` has to be brought to `dtype` by hand, as autocast does not do it."""
     kind = x.device.type
     return x.dtype is not dtype and not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind))
-
-
-def _checked_number(name: str, value: float) -> float:
-    if not math.isfinite(value):
-        raise ValueError(f"the {name} of a LoRA must be a finite number, not {value}")
-    return float(value)
 
 
 def _check_rank(rank: int, groups: int = 1) -> None:
@@ -382,3 +411,10 @@ def _with_weights(lora: Any, down: Tensor, up: Tensor) -> Any:
     lora.up.weight = nn.Parameter(up.detach())
     lora._make_numbers()
     return lora
+
+
+def _weight(lora: Lora[Any], part: str) -> Tensor:
+    """`lora.down.weight` without torch's slow way to it, unless it is computed (parametrized)."""
+    layer = cast(nn.Module, lora._modules[part])
+    weight = layer._parameters.get("weight")
+    return cast(Tensor, layer.weight) if weight is None else weight

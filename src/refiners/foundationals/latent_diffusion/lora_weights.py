@@ -11,8 +11,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from refiners.adapters.delta import Scale
 from refiners.adapters.lora import LoraAdapter
-from refiners.adapters.low_rank import lora_from_weights
+from refiners.adapters.low_rank import Conv2dLora, LinearLora
 from refiners.fluxion.layers.transaction import transaction
 from refiners.foundationals.latent_diffusion.lora_in_order import is_in_order, updates_in_order
 from refiners.foundationals.latent_diffusion.lora_places import (
@@ -59,7 +60,7 @@ class LoraWeights:
         self.name = name
         self._adapters: list[LoraAdapter] = []
 
-    def patch(self, model: Patchable, scale: float = 1.0, strict: bool = True) -> LoraReport:
+    def patch(self, model: Patchable, scale: Scale = 1.0, strict: bool = True) -> LoraReport:
         """Put the updates onto the layers of a model, all or none, and say what was done.
 
         scale: how strong they are; 1 is what their maker meant. Files can be stacked on one model.
@@ -78,10 +79,11 @@ class LoraWeights:
             for update in contents.updates:
                 layer = layers[update.place.path]
                 target = cast("nn.Linear | nn.Conv2d", layer.module)
-                down, up = (self._placed(update.tensors[part], target) for part in ("down", "up"))
-                lora = lora_from_weights(target, name, down, up, scale, update.alpha)
+                parts = {part: self._placed(tensor, target) for part, tensor in update.tensors.items()}
+                family: Any = LinearLora if isinstance(target, nn.Linear) else Conv2dLora
+                lora = family.from_parts(target, name, parts, update.alpha, scale)
                 adapters.append(LoraAdapter(cast(Any, target), lora).inject(layer.parent))
-                attached.append(attached_update(update, down.dtype))
+                attached.append(attached_update(update, lora.dtype))
         self._adapters = adapters
         return LoraReport(str(self.file.path), name, tuple(attached), contents.left_out)
 
@@ -95,12 +97,12 @@ class LoraWeights:
         self._adapters = []
 
     @property
-    def scale(self) -> float:
+    def scale(self) -> float | tuple[float, ...]:
         """How strong the updates are now. Raises RuntimeError if they are on no model."""
         return self._ensure_adapters()[0].scale
 
     @scale.setter
-    def scale(self, value: float) -> None:
+    def scale(self, value: Scale) -> None:
         for adapter in self._ensure_adapters():
             adapter.scale = value
 
