@@ -178,7 +178,7 @@ def _are_hooked(modules: Sequence[nn.Module], with_children: bool = False) -> bo
     for module in modules:
         if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
             return True
-        if with_children and _are_hooked(cast("Sequence[nn.Module]", tuple(module._modules.values()))):
+        if with_children and _are_hooked([child for child in module._modules.values() if child is not None]):
             return True
     return False
 

@@ -6,12 +6,14 @@ from torch import Tensor, nn
 
 from refiners.adapters.delta import Delta, Scale
 from refiners.adapters.difference import Difference
+from refiners.adapters.embedding import EmbeddingLora
 from refiners.adapters.low_rank import Conv2dLora, LinearLora
 from refiners.weights.lora_keys.kinds import Kind
 
 _CLASSES: dict[Kind, type[Delta]] = {
     Kind.DIFFERENCE: Difference,
     Kind.NORM: Difference,
+    Kind.EMBEDDING: EmbeddingLora,
 }
 
 
@@ -29,6 +31,12 @@ def make_delta(
     Raises ValueError, with the reason, if they do not fit the layer or the kind is one that there is no class for.
     """
     return _class_of(layer, kind).from_parts(layer, name, parts, alpha, scale)
+
+
+def kind_of_parts(delta: Delta) -> Kind:
+    """The kind that makes `delta` again from its parts: that of its direction, if it is a DoRA."""
+    inner = getattr(delta, "inner", None)
+    return inner.kind if isinstance(inner, Delta) else delta.kind
 
 
 def _class_of(layer: nn.Module, kind: Kind) -> type[Delta]:

@@ -192,8 +192,7 @@ class Conv2dLora(Lora[Conv2d]):
     """
 
     _trailing = (1, 1)
-    # The core of a Tucker decomposition, up(mid(down(x))): it has the layer's kernel, and `down` is 1x1.
-    mid: Conv2d | None = None
+    mid: Conv2d | None  # the core of a Tucker decomposition, up(mid(down(x))): it has the layer's kernel, `down` is 1x1
 
     def __init__(
         self,
@@ -219,6 +218,7 @@ class Conv2dLora(Lora[Conv2d]):
         down = Conv2d(in_channels, rank, kernel_size[0], stride[0], padding[0], **geometry, **shared)
         up = Conv2d(rank, out_channels, kernel_size[1], stride[1], padding[1], **shared)
         super().__init__(name, down, up, scale, alpha)
+        self.register_module("mid", None)
 
     @classmethod
     def from_weights(

@@ -2,17 +2,18 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from refiners.adapters.low_rank import Lora
-from refiners.foundationals.latent_diffusion.lora_places import Layer, Patchable, find_layers, find_loras
-from refiners.foundationals.latent_diffusion.lora_weights import LoraWeights
+from refiners.adapters.delta import Delta, RankedDelta
+from refiners.adapters.deltas import kind_of_parts
+from refiners.adapters.low_rank import Conv2dLora
+from refiners.foundationals.latent_diffusion.lora_places import Layer, Patchable, find_deltas, find_layers
+from refiners.foundationals.latent_diffusion.lora_weights import LoraWeights, file_name
 from refiners.weights.lora_keys import (
-    Kind,
     LoraUpdate,
+    Place,
     check_finite,
     check_format,
     format_updates,
@@ -77,31 +78,38 @@ def _in_dtype(update: LoraUpdate, dtype: torch.dtype | None) -> dict[str, Tensor
 
 
 def _collect(model: Patchable, name: str | None, dtype: torch.dtype | None) -> list[LoraUpdate]:
-    found = list(find_loras(model, find_layers(model)))
-    names = sorted({lora.name for _, lora in found})
+    found = list(find_deltas(model, find_layers(model)))
+    names = sorted({file_name(delta.name) for _, delta in found})
     if name is None and len(names) == 1:
         name = names[0]
     if name not in names:
         there = f"there are: {', '.join(names)}" if names else "there is none at all"
         raise ValueError(f"no LoRA {name!r} on this model; {there}" if name else f"say the name of a LoRA; {there}")
-    updates: dict[str, LoraUpdate] = {}
-    for layer, lora in found:
-        if lora.name == name:
-            update = _update(layer, lora, dtype)
-            if updates.setdefault(update.place.path, update) is not update:
+    updates: dict[tuple[str, str], LoraUpdate] = {}
+    for layer, delta in found:
+        if file_name(delta.name) == name:
+            update = _update(layer, delta, dtype)
+            if updates.setdefault((update.place.path, delta.name), update) is not update:
                 raise ValueError(f"there are two LoRAs {name!r} on {update.place.path}: no file can hold both")
     return list(updates.values())
 
 
-def _update(layer: Layer | None, lora: Lora[Any], dtype: torch.dtype | None) -> LoraUpdate:
+def _update(layer: Layer | None, delta: Delta, dtype: torch.dtype | None) -> LoraUpdate:
     if layer is None:
-        raise ValueError(f"LoRA {lora.name!r} is on a layer that is no part of the model itself: no format names it")
+        raise ValueError(f"LoRA {delta.name!r} is on a layer that is no part of the model itself: no format names it")
+    kind, parts, place = kind_of_parts(delta), delta.parts(), layer.place
+    if isinstance(delta, Conv2dLora) and delta.mid is None:
+        _check_geometry(delta, place)
+    ranked = delta if isinstance(delta, RankedDelta) else getattr(delta, "inner", None)
+    alpha, rank = (ranked.alpha.item(), ranked.rank) if isinstance(ranked, RankedDelta) else (None, None)
+    update = LoraUpdate(place, place.path, kind, parts, alpha, rank)
+    return replace(update, tensors=_in_dtype(update, dtype))
+
+
+def _check_geometry(lora: Conv2dLora, place: Place) -> None:
     down, up = lora.down.weight, lora.up.weight
-    place = layer.place
     if down.shape[1:] != place.shape[1:] or any(size != 1 for size in up.shape[2:]):
         raise ValueError(
             f"LoRA {lora.name!r} on {place.path} has kernels {tuple(down.shape[2:])} and {tuple(up.shape[2:])}, but "
             f"files hold only those with the layer's, {place.shape[2:]}, on the way down and (1, 1) on the way up"
         )
-    update = LoraUpdate(place, place.path, Kind.LORA, {"down": down, "up": up}, lora._alpha, lora.rank)
-    return replace(update, tensors=_in_dtype(update, dtype))

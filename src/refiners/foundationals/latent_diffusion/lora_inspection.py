@@ -7,9 +7,9 @@ from pathlib import Path
 
 from refiners.foundationals.latent_diffusion.lora_places import Patchable, find_layers
 from refiners.foundationals.latent_diffusion.lora_report import AttachedUpdate, LoraReport, attached_update
-from refiners.foundationals.latent_diffusion.lora_weights import assign_updates
+from refiners.foundationals.latent_diffusion.lora_weights import assign_updates, fitted_update
 from refiners.weights.formats import Identity, identify
-from refiners.weights.lora_keys import Kind, LeftOut, LoraFile, fit_factors, read_lora, split_key
+from refiners.weights.lora_keys import Kind, LeftOut, LoraFile, read_lora, split_key
 
 
 @dataclass(frozen=True)
@@ -71,14 +71,15 @@ def inspect_lora(path: Path | str, model: Patchable | None = None) -> LoraInspec
 
 
 def _foresee(file: LoraFile, model: Patchable) -> LoraReport:
-    contents = assign_updates(file, model, find_layers(model))
+    layers = find_layers(model)
+    contents = assign_updates(file, model, layers)
     attached: list[AttachedUpdate] = []
     left_out = list(contents.left_out)
     for update in contents.updates:
         try:
-            fit_factors(update)
+            fitted = fitted_update(update, layers[update.place.path].module)
         except ValueError as error:
             left_out.append(LeftOut(update.name, str(error)))
         else:
-            attached.append(attached_update(update, update.tensors["down"].dtype))
+            attached.append(attached_update(fitted, next(iter(fitted.tensors.values())).dtype))
     return LoraReport(str(file.path), file.path.stem, tuple(attached), tuple(left_out))

@@ -7,7 +7,8 @@ from typing import Any, Protocol, cast
 from torch import nn
 
 from refiners.adapters.adapter import Adapter
-from refiners.adapters.lora import Lora, LoraAdapter
+from refiners.adapters.delta import Delta
+from refiners.adapters.delta_adapter import DeltaAdapter
 from refiners.fluxion.layers.chain import Chain
 from refiners.foundationals.clip import names as clip_names
 from refiners.foundationals.clip.text_encoder import CLIPTextEncoder
@@ -57,12 +58,12 @@ def places_of(layers: dict[str, Layer]) -> Places:
     return Places(layer.place for layer in layers.values())
 
 
-def find_loras(model: Patchable, layers: dict[str, Layer]) -> Iterator[tuple[Layer | None, Lora[Any]]]:
-    """Every LoRA on the trees of a model, with the layer that it is on; None if that is a layer of an adapter."""
+def find_deltas(model: Patchable, layers: dict[str, Layer]) -> Iterator[tuple[Layer | None, Delta]]:
+    """Every update on the trees of a model, with the layer that it is on; None if that is a layer of an adapter."""
     by_module = {id(layer.module): layer for layer in layers.values()}
     for tree in (model.unet, model.clip_text_encoder):
-        for adapter, _ in tree.walk(LoraAdapter, recurse=True):
-            yield from ((by_module.get(id(adapter.base)), lora) for lora in adapter.loras.values())
+        for adapter, _ in tree.walk(DeltaAdapter, recurse=True):
+            yield from ((by_module.get(id(adapter.base)), delta) for delta in adapter.deltas.values())
 
 
 def _check(model: object) -> None:

@@ -15,15 +15,17 @@ class AttachedUpdate:
 
     path: of the layer, from the model on.
     key: what the file calls the layer.
-    alpha: the update's strength is scale * alpha / rank.
-    dtype: that of the factors in the model.
+    rank, alpha: of kinds that have them.
+    strength: the alpha over the rank; 1 for kinds without.
+    dtype: that of the tensors in the model.
     """
 
     path: str
     key: str
     kind: Kind
-    rank: int
-    alpha: float
+    rank: int | None
+    alpha: float | None
+    strength: float
     dtype: torch.dtype
 
 
@@ -50,22 +52,25 @@ class LoraReport:
 
 def attached_update(update: LoraUpdate, dtype: torch.dtype) -> AttachedUpdate:
     """What the report says of an update that is in the model with this dtype."""
-    return AttachedUpdate(update.place.path, update.name, update.kind, update.rank, update.alpha, dtype)
+    return AttachedUpdate(
+        update.place.path, update.name, update.shown_kind, update.rank, update.alpha, update.strength, dtype
+    )
 
 
 def summary(attached: Sequence[AttachedUpdate]) -> str:
     """How many layers of which component, of which kinds, ranks and strengths.
 
-    >>> lora = AttachedUpdate("unet.Linear", "unet.proj_in", Kind.LORA, 4, 2.0, torch.float32)
+    >>> lora = AttachedUpdate("unet.Linear", "unet.proj_in", Kind.LORA, 4, 2.0, 0.5, torch.float32)
     >>> summary([lora])
     '1 layer of unet; LoRA of rank 4, strength 0.5'
     """
     components = Counter(update.path.partition(".")[0] for update in attached)
     layers = ", ".join(f"{count} layer{'s' * (count > 1)} of {name}" for name, count in components.items())
     kinds = "/".join(sorted({str(update.kind) for update in attached}))
-    ranks = _range([update.rank for update in attached])
-    strengths = _range([update.alpha / update.rank for update in attached])
-    return f"{layers}; {kinds} of rank {ranks}, strength {strengths}" if attached else "nothing attached"
+    ranks = [update.rank for update in attached if update.rank is not None]
+    of_rank = f" of rank {_range(ranks)}" if ranks else ""
+    strengths = _range([update.strength for update in attached])
+    return f"{layers}; {kinds}{of_rank}, strength {strengths}" if attached else "nothing attached"
 
 
 def _range(values: Sequence[float]) -> str:

@@ -1,6 +1,6 @@
 """LoRA files on a diffusion model: `LoraWeights(path).patch(model)` finds the place of every key by its name.
 
-Formats: kohya's, diffusers' of all times, peft's, OneTrainer's, ComfyUI's, and those of the first Refiners.
+Formats: kohya's, LyCORIS', diffusers' of all times, peft's, OneTrainer's, ComfyUI's, and those of the first Refiners.
 """
 
 from collections.abc import Iterator
@@ -11,30 +11,34 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from refiners.adapters.delta import Scale
+from refiners.adapters.delta import Delta, Scale
+from refiners.adapters.delta_adapter import DeltaAdapter
+from refiners.adapters.deltas import make_delta
 from refiners.adapters.lora import LoraAdapter
-from refiners.adapters.low_rank import Conv2dLora, LinearLora
+from refiners.adapters.low_rank import Lora
 from refiners.fluxion.layers.transaction import transaction
 from refiners.foundationals.latent_diffusion.lora_in_order import is_in_order, updates_in_order
 from refiners.foundationals.latent_diffusion.lora_places import (
     Layer,
     Patchable,
+    find_deltas,
     find_layers,
-    find_loras,
     places_of,
 )
 from refiners.foundationals.latent_diffusion.lora_report import AttachedUpdate, LoraReport, attached_update
 from refiners.weights.formats import TEXT_FAMILIES, Content, Identity, identify
 from refiners.weights.lora_keys import (
+    Kind,
     LoraContents,
     LoraFile,
     LoraUpdate,
     check_finite,
-    fit_factors,
+    fit_parts,
     parse_updates,
     read_lora,
 )
 
+_DIFFERENCE = " (difference)"
 _COMPUTED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -58,7 +62,7 @@ class LoraWeights:
         self.device = device
         self.dtype = dtype
         self.name = name
-        self._adapters: list[LoraAdapter] = []
+        self._adapters: list[DeltaAdapter] = []
 
     def patch(self, model: Patchable, scale: Scale = 1.0, strict: bool = True) -> LoraReport:
         """Put the updates onto the layers of a model, all or none, and say what was done.
@@ -72,18 +76,18 @@ class LoraWeights:
             raise RuntimeError(f"{self.file.path} is on a model already: eject it first, or read it once more")
         layers = find_layers(model)
         contents = self._contents(model, layers, strict)
-        name = _free_name(self.name, self.file.path.stem, {lora.name for _, lora in find_loras(model, layers)})
+        name = _free_name(
+            self.name, self.file.path.stem, {file_name(delta.name) for _, delta in find_deltas(model, layers)}
+        )
         attached: list[AttachedUpdate] = []
-        adapters: list[LoraAdapter] = []
+        adapters: list[DeltaAdapter] = []
         with transaction():
             for update in contents.updates:
                 layer = layers[update.place.path]
-                target = cast("nn.Linear | nn.Conv2d", layer.module)
-                parts = {part: self._placed(tensor, target) for part, tensor in update.tensors.items()}
-                family: Any = LinearLora if isinstance(target, nn.Linear) else Conv2dLora
-                lora = family.from_parts(target, name, parts, update.alpha, scale)
-                adapters.append(LoraAdapter(cast(Any, target), lora).inject(layer.parent))
-                attached.append(attached_update(update, lora.dtype))
+                parts = {part: self._placed(tensor, layer.module) for part, tensor in update.tensors.items()}
+                delta = make_delta(layer.module, _name_of(update, name), update.kind, parts, update.alpha, scale)
+                adapters.append(_adapter_for(layer.module, delta).inject(layer.parent))
+                attached.append(attached_update(update, delta.dtype))
         self._adapters = adapters
         return LoraReport(str(self.file.path), name, tuple(attached), contents.left_out)
 
@@ -106,7 +110,7 @@ class LoraWeights:
         for adapter in self._ensure_adapters():
             adapter.scale = value
 
-    def _ensure_adapters(self) -> list[LoraAdapter]:
+    def _ensure_adapters(self) -> list[DeltaAdapter]:
         if not self._adapters:
             raise RuntimeError(f"{self.file.path} is on no model yet: call patch first")
         return self._adapters
@@ -132,19 +136,31 @@ class LoraWeights:
                 f"{path}: {count} of {len(tensors)} keys cannot be used here, the first is {first}{advice}"
             )
         check_finite(_values(path, contents.updates))
-        return replace(contents, updates=tuple(self._fitted(update) for update in contents.updates))
+        updates = tuple(self._fitted(update, layers[update.place.path].module) for update in contents.updates)
+        return replace(contents, updates=updates)
 
-    def _fitted(self, update: LoraUpdate) -> LoraUpdate:
+    def _fitted(self, update: LoraUpdate, layer: nn.Module) -> LoraUpdate:
         try:
-            down, up = fit_factors(update)
+            return fitted_update(update, layer)
         except ValueError as error:
             raise ValueError(f"{self.file.path}: {update.name!r} cannot go to {update.place.path}: {error}") from error
-        return replace(update, tensors={"down": down, "up": up})
 
     def _placed(self, tensor: Tensor, layer: nn.Module) -> Tensor:
         weight = cast(Tensor, layer.weight)
         own = weight.dtype if weight.dtype in _COMPUTED else torch.float32
-        return tensor.to(device=self.device or weight.device, dtype=self.dtype or own)
+        return tensor.to(self.device or weight.device, (self.dtype or own) if tensor.is_floating_point() else None)
+
+
+def fitted_update(update: LoraUpdate, layer: nn.Module) -> LoraUpdate:
+    """An update whose tensors are as the layer needs them. Raises ValueError, with the reason, if they cannot be."""
+    fitted = replace(update, tensors=fit_parts(update))
+    make_delta(layer, update.name, fitted.kind, fitted.tensors, fitted.alpha)
+    return fitted
+
+
+def _adapter_for(layer: nn.Module, delta: Delta) -> DeltaAdapter:
+    target = cast(Any, layer)
+    return LoraAdapter(target, cast("Lora[Any]", delta)) if isinstance(delta, Lora) else DeltaAdapter(target, delta)
 
 
 def assign_updates(file: LoraFile, model: Patchable, layers: dict[str, Layer]) -> LoraContents:
@@ -164,6 +180,16 @@ def _check_family(path: Path, identity: Identity, model: Patchable) -> None:
             f"{path} is {identity}, but this model reads text {width} wide"
             f"{f', as {TEXT_FAMILIES[width]}' if width in TEXT_FAMILIES else ''}: get a LoRA that was made for it"
         )
+
+
+def file_name(name: str) -> str:
+    """The name that all updates of one file share, from that of one of them."""
+    return name.removesuffix(_DIFFERENCE)
+
+
+def _name_of(update: LoraUpdate, name: str) -> str:
+    """The name of an update on its layer, where a full difference of the same file may be as well."""
+    return f"{name}{_DIFFERENCE}" if update.kind in (Kind.DIFFERENCE, Kind.NORM) else name
 
 
 def _values(path: Path, updates: tuple[LoraUpdate, ...]) -> Iterator[tuple[str, Tensor]]:

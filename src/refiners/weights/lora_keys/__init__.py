@@ -9,7 +9,7 @@ from refiners.weights.lora_keys.updates import (
     LoraContents,
     LoraUpdate,
     check_finite,
-    fit_factors,
+    fit_parts,
     parse_updates,
 )
 from refiners.weights.lora_keys.writing import LoraFormat, check_format, format_updates, save_updates
@@ -30,7 +30,7 @@ __all__ = [
     "Settings",
     "check_finite",
     "check_format",
-    "fit_factors",
+    "fit_parts",
     "format_updates",
     "parse_settings",
     "parse_updates",

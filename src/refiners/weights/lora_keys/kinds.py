@@ -94,6 +94,9 @@ for _factor in ("a1", "a2", "b1", "b2", "bm"):
 for _projection in ("to_q", "to_k", "to_v", "to_out.0"):
     for _tensor in ("weight", "bias"):
         _PARTS[f"{_projection}_custom_diffusion.{_tensor}"] = (Kind.CUSTOM, f"{_projection}.{_tensor}")
+_ENDS: dict[tuple[Kind | None, str], str] = {(Kind.IA3, "weight"): "weight"}
+for _end, _meaning in _PARTS.items():
+    _ENDS.setdefault(_meaning, _end)
 _PROCESSOR_PARTS = {"down.weight": "down", "up.weight": "up"}  # below a layer called `…_lora`
 _WORDS = 3  # the most that a part has
 
@@ -116,12 +119,13 @@ def split_key(key: str) -> Key | None:
     return None
 
 
-def kind_of(kinds: set[Kind | None]) -> Kind | None:
-    """The kind of an update whose parts are of these kinds: parts of a DoRA, for one, are also those of a LoRA."""
-    special = sorted(kind for kind in kinds if kind not in (None, Kind.LORA, Kind.WHOLE))
-    if special:
-        return special[0]
-    return next((kind for kind in (Kind.LORA, Kind.WHOLE) if kind in kinds), None)
+def key_end(kind: Kind, part: str) -> str:
+    """What a key of this part of an update ends in, as kohya and LyCORIS write it, or peft where they have none.
+
+    >>> key_end(Kind.LOHA, "w1_a"), key_end(Kind.LORA, "down")
+    ('hada_w1_a', 'lora_down.weight')
+    """
+    return _ENDS[kind, part]
 
 
 def _with_any_adapter(words: list[str]) -> str:

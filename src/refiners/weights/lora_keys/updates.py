@@ -7,12 +7,34 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from refiners.weights.lora_keys.kinds import Key, Kind, kind_of, split_key
+from refiners.weights.lora_keys.kinds import Key, Kind, split_key
 from refiners.weights.lora_keys.places import Place, Places
 from refiners.weights.lora_keys.settings import Settings
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _SHORT_FLOATS = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
+# The parts that an update of a kind cannot do without: any of these sets will do.
+_NEEDED: dict[Kind, tuple[set[str], ...]] = {
+    Kind.LORA: ({"down", "up"},),
+    Kind.EMBEDDING: ({"down", "up"},),
+    Kind.LOHA: ({"w1_a", "w1_b", "w2_a", "w2_b"},),
+    Kind.LOKR: tuple(
+        {*first, *second} for first in (["w1"], ["w1_a", "w1_b"]) for second in (["w2"], ["w2_a", "w2_b"])
+    ),
+    Kind.GLORA: ({"a1", "a2", "b1", "b2"},),
+    Kind.IA3: ({"l"}, {"weight", "on_input"}),
+    Kind.OFT: ({"blocks"},),
+    Kind.BOFT: ({"R", "s"},),
+}
+# Parts whose first dimension is the rank.
+_RANK_FIRST: dict[Kind, tuple[str, ...]] = {
+    Kind.LORA: ("down",),
+    Kind.EMBEDDING: ("down",),
+    Kind.LOHA: ("w1_b",),
+    Kind.LOKR: ("w2_b", "w1_b"),
+    Kind.GLORA: ("a2",),
+}
+_WITH_ALPHA = (*_RANK_FIRST, Kind.OFT)  # that of an OFT is its constraint
 _MAX_EXPLAINED = 40  # left-out keys for which the nearest known name is looked up
 
 
@@ -21,16 +43,27 @@ class LoraUpdate:
     """What a file holds for one layer.
 
     name: of the layer, in the file.
-    kind: which kind of update it is; `tensors` are its parts by name: for a LoRA "down", "up" and perhaps "mid".
-    alpha: its strength is alpha / rank, times the scale that it is used with.
+    kind: which kind of update it is; `tensors` are its parts by name, as `Key.part`. If "magnitude" is among them, it
+        is a DoRA whose direction is of this kind.
+    alpha, rank: of kinds that have them, whose strength is alpha / rank, times the scale that it is used with.
     """
 
     place: Place
     name: str
     kind: Kind
     tensors: Mapping[str, Tensor]
-    alpha: float
-    rank: int
+    alpha: float | None = None
+    rank: int | None = None
+
+    @property
+    def shown_kind(self) -> Kind:
+        """The kind by the name that people know it by."""
+        return Kind.DORA if "magnitude" in self.tensors else self.kind
+
+    @property
+    def strength(self) -> float:
+        """The alpha over the rank; 1 for kinds without."""
+        return 1.0 if self.alpha is None or not self.rank else self.alpha / self.rank
 
 
 @dataclass(frozen=True)
@@ -56,11 +89,14 @@ class LoraContents:
 
 @dataclass
 class _Group:
-    """The keys of one layer."""
+    """The keys of one layer, by the kind and the name of the part that each holds."""
 
-    names: list[str] = field(default_factory=list[str])
-    kinds: set[Kind | None] = field(default_factory=set[Kind | None])
-    keys: dict[str, str] = field(default_factory=dict[str, str])  # part -> key
+    name: str
+    keys: dict[tuple[Kind | None, str], str] = field(default_factory=dict[tuple[Kind | None, str], str])
+
+    def of(self, *kinds: Kind) -> dict[str, str]:
+        """The keys of parts of some kinds, by part."""
+        return {part: key for (kind, part), key in self.keys.items() if kind in kinds}
 
 
 def parse_updates(tensors: Mapping[str, Tensor], settings: Mapping[str, Settings], places: Places) -> LoraContents:
@@ -72,16 +108,13 @@ def parse_updates(tensors: Mapping[str, Tensor], settings: Mapping[str, Settings
     groups, left_out = _group(tensors, places)
     updates: list[LoraUpdate] = []
     for place, group in groups.items():
-        kind = kind_of(group.kinds)
-        missing = [part for part in ("down", "up") if part not in group.keys] if kind is Kind.LORA else []
-        if kind is None or missing:
-            reason = f"{group.names[0]!r} has no {' and no '.join(missing or ['weights'])} in this file"
-            left_out += [LeftOut(key, reason) for key in group.keys.values()]
-        elif kind is not Kind.LORA:
-            reason = f"{kind} is a kind of update that cannot be loaded yet"
-            left_out += [LeftOut(key, reason) for key in group.keys.values()]
-        else:
-            updates.append(_update(place, group, tensors, settings))
+        used: set[str] = set()
+        kinds, reason = _kinds_of(group)
+        for kind in kinds:
+            update, keys = _update(place, group, kind, tensors, settings)
+            updates.append(update)
+            used |= keys
+        left_out += [LeftOut(key, reason) for key in group.keys.values() if key not in used]
     return LoraContents(tuple(updates), tuple(left_out))
 
 
@@ -94,16 +127,46 @@ def _group(tensors: Mapping[str, Tensor], places: Places) -> tuple[dict[Place, _
         if found is None or place is None:
             left_out.append(_explain(key, found, places, can_look=len(left_out) < _MAX_EXPLAINED))
             continue
-        group = groups.setdefault(place, _Group())
-        other = group.keys.setdefault(found.part, key)
+        group = groups.setdefault(place, _Group(found.layer))
+        other = group.keys.setdefault((found.kind, found.part), key)
         if other != key:
             raise ValueError(
                 f"{other!r} and {key!r} are both the {found.part} of {place.path}; "
                 "this file holds several updates of one layer: split it into one file each"
             )
-        group.names.append(found.layer)
-        group.kinds.add(found.kind)
     return groups, left_out
+
+
+def _kinds_of(group: _Group) -> tuple[list[Kind], str]:
+    """Which updates the parts of a layer make up, and why what is left of them makes up none.
+
+    A full difference, as of a bias, may come with an update of another kind.
+    """
+    there = {kind for kind, _ in group.keys if kind is not None}
+    kinds = [kind for kind in (Kind.DIFFERENCE, Kind.NORM) if kind in there]
+    others = sorted(there - {Kind.DORA, Kind.DIFFERENCE, Kind.NORM})
+    if Kind.IA3 in others:
+        others = [kind for kind in others if kind is not Kind.WHOLE]
+    if len(others) > 1 or (others and others[0] not in _NEEDED):
+        strange = next((kind for kind in others if kind not in _NEEDED), None)
+        if strange is None:
+            return kinds, f"{group.name!r} has parts of several kinds of updates: {', '.join(others)}"
+        return kinds, f"{strange} is a kind of update that cannot be loaded"
+    if not others:
+        return kinds, f"{group.name!r} has no weights in this file that this could belong to"
+    (kind,) = others
+    parts = set(group.of(*_kinds_with(kind)))
+    missing = min((needed - parts for needed in _NEEDED[kind]), key=len)
+    if missing:
+        return kinds, f"{group.name!r} has no {' and no '.join(sorted(missing))} in this file"
+    return [*kinds, kind], f"{kind} has no such part"
+
+
+def _kinds_with(kind: Kind) -> tuple[Kind, ...]:
+    """The kinds whose parts an update of this kind takes."""
+    if kind is Kind.IA3:
+        return Kind.IA3, Kind.WHOLE
+    return (kind, Kind.DORA) if kind in (Kind.LORA, Kind.LOHA, Kind.LOKR) else (kind,)
 
 
 def _explain(key: str, found: Key | None, places: Places, can_look: bool) -> LeftOut:
@@ -112,15 +175,28 @@ def _explain(key: str, found: Key | None, places: Places, can_look: bool) -> Lef
     return LeftOut(key, "no layer of this model has this name", places.nearest(found.layer) if can_look else None)
 
 
-def _update(place: Place, group: _Group, tensors: Mapping[str, Tensor], settings: Mapping[str, Settings]) -> LoraUpdate:
-    parts = {part: tensors[key] for part, key in group.keys.items() if part != "alpha"}
-    rank = parts["down"].shape[0] if parts["down"].ndim else 0
-    alpha_key = group.keys.get("alpha")
-    if alpha_key is not None:
+def _update(
+    place: Place, group: _Group, kind: Kind, tensors: Mapping[str, Tensor], settings: Mapping[str, Settings]
+) -> tuple[LoraUpdate, set[str]]:
+    """An update, and the keys of it."""
+    keys = group.of(*_kinds_with(kind))
+    parts = {part: tensors[key] for part, key in keys.items()}
+    alpha, rank, used = None, _rank_of(kind, parts), set(keys.values())
+    alpha_key = group.keys.get((None, "alpha"))
+    if alpha_key is not None and kind in _WITH_ALPHA:
         alpha = _alpha(alpha_key, tensors[alpha_key])
-    else:
+        used.add(alpha_key)
+    elif rank is not None:
         alpha = _alpha_of_settings(place, rank, settings)
-    return LoraUpdate(place, group.names[0], Kind.LORA, parts, alpha, rank)
+    return LoraUpdate(place, group.name, kind, parts, alpha, rank), used
+
+
+def _rank_of(kind: Kind, parts: Mapping[str, Tensor]) -> int | None:
+    """The inner dimension of the factors, or None if there are none."""
+    for part in _RANK_FIRST.get(kind, ()):
+        if part in parts:
+            return parts[part].shape[0] if parts[part].ndim else 0
+    return None
 
 
 def _alpha(key: str, tensor: Tensor) -> float:
@@ -143,30 +219,35 @@ def _alpha_of_settings(place: Place, rank: int, settings: Mapping[str, Settings]
     return torch.tensor(of_this.alpha_of(name, rank), dtype=torch.float32).item()  # as it will be saved
 
 
-def fit_factors(update: LoraUpdate) -> tuple[Tensor, Tensor]:
-    """The factors in the form that the layer needs: (rank, in), (out, rank), or for convolutions with kernels behind.
+def fit_parts(update: LoraUpdate) -> dict[str, Tensor]:
+    """The tensors of an update in the form that the layer needs.
 
-    Factors of 1x1 convolutions may be stored as those of linear layers and the reverse; the core of a Tucker
-    decomposition (`mid`) is multiplied into the way down: up(mid(down(x))) = up((mid · down)(x)).
-    Raises ValueError, with the reason, if they do not fit the layer.
+    Factors of a LoRA for a 1x1 convolution may be stored as those for a linear layer and the reverse, kernels
+    flattened. They become (rank, in), (out, rank), or for convolutions with kernels behind. Others stay as they are.
+    Raises ValueError, with the reason, if there are numbers of the wrong format or a LoRA does not fit the layer.
     """
-    place, down, up = update.place, update.tensors["down"], update.tensors["up"]
-    if place.layer not in ("linear", "convolution"):
-        raise ValueError(f"the layer is a {place.layer}, and a LoRA can only be added to a linear or a convolution")
     for part, tensor in update.tensors.items():
-        if tensor.dtype not in (*_FLOATS, *_SHORT_FLOATS):
+        if part != "on_input" and tensor.dtype not in (*_FLOATS, *_SHORT_FLOATS):
             raise ValueError(f"its {part} is {tensor.dtype}, but it should be floating point")
         if not tensor.numel():
             raise ValueError(f"its {part} has shape {tuple(tensor.shape)}, so it is empty")
+    return dict(update.tensors) if update.kind is not Kind.LORA else _fit_factors(update)
+
+
+def _fit_factors(update: LoraUpdate) -> dict[str, Tensor]:
+    place, rank = update.place, update.rank or 0
+    if place.layer not in ("linear", "convolution"):
+        raise ValueError(f"the layer is a {place.layer}, and a LoRA can only be added to a linear or a convolution")
     out, *inner = place.shape
     kernel = inner[1:]
-    fitted_up = _reshaped(up, (out, update.rank, *[1] * len(kernel)))
+    shapes = {"down": (rank, *inner), "up": (out, rank, *[1] * len(kernel))}
     if "mid" in update.tensors:
-        down = _fold(update.tensors["mid"], down, kernel)
-    fitted_down = None if down is None else _reshaped(down, (update.rank, *inner))
-    if fitted_down is None or fitted_up is None:
+        shapes |= {"down": (rank, *inner[:1], *[1] * len(kernel)), "mid": (rank, rank, *kernel)}
+    fitted = {part: _reshaped(update.tensors[part], shape) for part, shape in shapes.items()}
+    found = {part: tensor for part, tensor in fitted.items() if tensor is not None}
+    if len(found) < len(fitted) or ("mid" in fitted and not kernel):
         raise ValueError(_misfit(update))
-    return fitted_down, fitted_up
+    return {part: found.get(part, tensor) for part, tensor in update.tensors.items()}
 
 
 def check_finite(tensors: Iterator[tuple[str, Tensor]]) -> None:
@@ -189,16 +270,6 @@ def _reshaped(tensor: Tensor, shape: tuple[int, ...]) -> Tensor | None:
     is_flat = tensor.ndim == 2
     has_ones_only = tensor.shape[1] == shape[1] and all(size == 1 for size in tensor.shape[2:])
     return tensor.reshape(shape) if is_flat or has_ones_only else None
-
-
-def _fold(mid: Tensor, down: Tensor, kernel: list[int]) -> Tensor | None:
-    """One convolution for two: mid (r, r, h, w) after down (r, in, 1, 1), worked out in float32 at least."""
-    rank = down.shape[0]
-    if list(mid.shape) != [rank, rank, *kernel] or down.numel() != rank * down.shape[1]:
-        return None
-    dtype = torch.promote_types(torch.float32, mid.dtype) if mid.dtype in _FLOATS else torch.float32
-    core, first = mid.to(dtype), down.reshape(rank, -1).to(dtype)
-    return torch.einsum("rshw,si->rihw", core, first).to(mid.dtype)
 
 
 def _misfit(update: LoraUpdate) -> str:

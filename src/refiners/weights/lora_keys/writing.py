@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from refiners.weights.files import write_safetensors
+from refiners.weights.lora_keys.kinds import Kind, key_end
 from refiners.weights.lora_keys.settings import METADATA_KEY
 from refiners.weights.lora_keys.updates import LoraUpdate
 
 LoraFormat = Literal["kohya", "diffusers", "peft"]
 Number = TypeVar("Number", int, float)
-_PEFT_PARTS = {"down": "lora_A.weight", "up": "lora_B.weight"}
+_PEFT_PARTS = {"down": "lora_A.weight", "up": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
 
 
 def check_format(name: str) -> LoraFormat:
@@ -29,21 +30,44 @@ def check_format(name: str) -> LoraFormat:
 def format_updates(updates: Sequence[LoraUpdate], form: LoraFormat) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Name the tensors of updates, and say the rest in metadata.
 
-    kohya: `lora_unet_….lora_down.weight`, `.lora_up.weight` and `.alpha`, as web UIs and ComfyUI read it too.
+    kohya: `lora_unet_….lora_down.weight`, `.lora_up.weight` and `.alpha`, as web UIs and ComfyUI read it too; other
+        kinds of updates as LyCORIS names them.
     diffusers: `unet.….lora_A.weight`, alphas in the metadata; what `load_lora_weights` takes.
     peft: the same with peft's `base_model.model.` in between; `save_updates` makes a folder per component of it.
+    Raises ValueError if the format has no place for an update.
     """
     tensors: dict[str, Tensor] = {}
     for update in updates:
-        parts = {part: tensor.detach() for part, tensor in update.tensors.items()}
-        if form == "kohya":
-            name = update.place.flat_name
-            tensors |= {f"{name}.lora_{part}.weight": tensor for part, tensor in parts.items()}
-            tensors[f"{name}.alpha"] = torch.tensor(update.alpha, dtype=torch.float32)
-        else:
+        name = update.place.flat_name
+        if form != "kohya":
+            _check_is_low_rank(update, form)
             name = update.place.dotted_name if form == "diffusers" else _peft_name(update)
-            tensors |= {f"{name}.{_PEFT_PARTS[part]}": tensor for part, tensor in parts.items()}
+        for part, tensor in update.tensors.items():
+            end = _end_of(update.kind, part) if form == "kohya" else _PEFT_PARTS[part]
+            tensors[f"{name}.{end}"] = tensor.detach()
+        if form == "kohya" and update.alpha is not None:
+            tensors[f"{name}.alpha"] = torch.tensor(update.alpha, dtype=torch.float32)
     return tensors, _kohya_metadata(updates) if form == "kohya" else {"format": "pt", METADATA_KEY: _settings(updates)}
+
+
+def _end_of(kind: Kind, part: str) -> str:
+    return key_end(Kind.DORA if part == "magnitude" else kind, part)
+
+
+def _check_is_low_rank(update: LoraUpdate, form: str) -> None:
+    """Raises ValueError if peft's formats have no place for an update."""
+    magnitude = update.tensors.get("magnitude")
+    reason = None
+    if update.kind is not Kind.LORA:
+        reason = f"is a {update.shown_kind}"
+    elif "mid" in update.tensors:
+        reason = "has the core of a Tucker decomposition"
+    elif magnitude is not None and magnitude.shape[:1] != update.place.shape[:1]:
+        reason = "is a DoRA with a magnitude for each input"
+    if reason:
+        raise ValueError(
+            f"the update of {update.place.path} {reason}, which files in the form of {form} do not hold: write kohya's"
+        )
 
 
 def save_updates(path: Path | str, updates: Sequence[LoraUpdate], form: LoraFormat) -> None:
@@ -72,10 +96,12 @@ def _peft_name(update: LoraUpdate) -> str:
 
 
 def _kohya_metadata(updates: Iterable[LoraUpdate]) -> dict[str, str]:
-    ranks, alphas = {update.rank for update in updates}, {update.alpha for update in updates}
+    ranks = {update.rank for update in updates if update.rank is not None}
+    alphas = {update.alpha for update in updates if update.alpha is not None}
+    is_plain = all(update.kind is Kind.LORA and "magnitude" not in update.tensors for update in updates)
     return {
         "format": "pt",
-        "ss_network_module": "networks.lora",
+        "ss_network_module": "networks.lora" if is_plain else "lycoris.kohya",
         "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
         "ss_network_alpha": f"{alphas.pop():.9g}" if len(alphas) == 1 else "Dynamic",
     }
@@ -96,8 +122,10 @@ def _settings(updates: Iterable[LoraUpdate]) -> str:
 def _peft_settings(updates: Sequence[LoraUpdate]) -> dict[str, object]:
     """The settings of peft's `LoraConfig` for these updates of one component: the most usual rank, and what differs."""
     names = [update.place.names[0].removeprefix(update.place.component.hidden) for update in updates]
-    ranks: Mapping[str, int] = {name: update.rank for name, update in zip(names, updates, strict=True)}
-    alphas: Mapping[str, float] = {name: update.alpha for name, update in zip(names, updates, strict=True)}
+    ranks: Mapping[str, int] = {name: update.rank or 0 for name, update in zip(names, updates, strict=True)}
+    alphas: Mapping[str, float] = {
+        name: ranks[name] if update.alpha is None else update.alpha for name, update in zip(names, updates, strict=True)
+    }
     rank, alpha = _most_usual(ranks.values()), _most_usual(alphas.values())
     return {
         "peft_type": "LORA",
@@ -108,6 +136,7 @@ def _peft_settings(updates: Sequence[LoraUpdate]) -> dict[str, object]:
         "target_modules": sorted(names),
         "lora_dropout": 0.0,
         "bias": "none",
+        "use_dora": any("magnitude" in update.tensors for update in updates),
     }
 
 
