@@ -30,7 +30,7 @@ class Delta(Module, ABC):
     is_printed_whole = True
     kind: ClassVar[Kind]
     # Whether `forward` works on what the layer returned.
-    reads_output: ClassVar[bool] = False
+    reads_output: bool = False
 
     factor: Tensor  # (), or (n,) for n samples; float32: a buffer, so that a new scale needs no new compilation
 
@@ -38,6 +38,7 @@ class Delta(Module, ABC):
         super().__init__()
         self.name = name
         self._scale = _checked_scale(scale)
+        self._is_enabled = True
         self.register_buffer("factor", None, persistent=False)
 
     @classmethod
@@ -70,8 +71,8 @@ class Delta(Module, ABC):
     def direction(self, weight: Tensor) -> Tensor | None:
         """f(W) - W without the factor, in the shape of `weight`; None if the weight stays as it is."""
 
-    def bias_direction(self, weight: Tensor) -> Tensor | None:
-        """What is added to the bias of a layer with this weight, without the factor; None for nothing."""
+    def bias_direction(self, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+        """What is added to the bias of a layer with this weight and bias, without the factor; None for nothing."""
         return None
 
     def delta_weight(self, weight: Tensor) -> Tensor:
@@ -82,15 +83,16 @@ class Delta(Module, ABC):
         direction = self.direction(weight)
         return torch.zeros_like(weight) if direction is None else direction * self._single_factor()
 
-    def delta_bias(self, weight: Tensor) -> Tensor | None:
+    def delta_bias(self, weight: Tensor, bias: Tensor | None) -> Tensor | None:
         """The update of a layer's bias at the scale of now; None for none. Raises as `delta_weight`."""
-        direction = self.bias_direction(weight)
+        direction = self.bias_direction(weight, bias)
         return None if direction is None else direction * self._single_factor()
 
     def forward(self, x: Tensor, output: Tensor, layer: nn.Module) -> Tensor:
         """What to add to `output`, which is what `layer`, without any update, returned for `x`."""
         weight = cast(Tensor, layer.weight)
-        direction, bias = self.direction(weight), self.bias_direction(weight)
+        bias = self.bias_direction(weight, cast("Tensor | None", getattr(layer, "bias", None)))
+        direction = self.direction(weight)
         if direction is None:
             assert bias is not None, "an update updates something"
             zero = torch.zeros_like(weight)
@@ -119,6 +121,16 @@ class Delta(Module, ABC):
     @scale.setter
     def scale(self, value: Scale) -> None:
         self._scale = _checked_scale(value)
+        self._update_factor()
+
+    @property
+    def is_enabled(self) -> bool:
+        """Whether the update is on. One that is off keeps its scale, and does nothing."""
+        return self._is_enabled
+
+    @is_enabled.setter
+    def is_enabled(self, value: bool) -> None:
+        self._is_enabled = value
         self._update_factor()
 
     @property
@@ -161,7 +173,8 @@ class Delta(Module, ABC):
         return self.factor
 
     def _factor(self, device: torch.device) -> Tensor:
-        return (torch.tensor(self._scale, dtype=torch.float64) * self.gain).to(device, torch.float32)
+        gain = self.gain if self._is_enabled else 0.0
+        return (torch.tensor(self._scale, dtype=torch.float64) * gain).to(device, torch.float32)
 
     def _update_factor(self) -> None:
         """Write the factor anew: in place where that can be done, so that what was compiled stays good."""

@@ -141,6 +141,11 @@ def load_both() -> Models:
     return SimpleNamespace(**trees), StableDiffusionPipeline(**{**theirs.components, **parts})
 
 
+def load_ours() -> StableDiffusion_1:
+    """Our model as it was loaded, not to be changed."""
+    return _loaded()[0]
+
+
 def kohya_tensors(factors: list[Factors]) -> dict[str, Tensor]:
     """As sd-scripts names them: underscores for dots, and a prefix for each model."""
     prefixes = {"unet": "lora_unet_", "text_encoder": "lora_te_"}

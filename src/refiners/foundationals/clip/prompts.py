@@ -109,10 +109,12 @@ def encode_prompt(
     rows = [token_weights(tokenizer, each, comma_reach) for each in prompts]
     count = max(len(ids) for ids, _ in rows)
     no_text = torch.tensor([tokenizer.frame([])])
-    ids = torch.cat([torch.cat([ids, no_text.expand(count - len(ids), -1)]) for ids, _ in rows])
-    weights = torch.cat([torch.cat([each, torch.ones(count - len(each), each.shape[1])]) for _, each in rows])
-    embedding: Tensor = encoder(ids)
-    return _apply(weights.to(embedding.device), embedding).reshape(len(prompts), -1, embedding.shape[-1])
+    # the first chunks of all prompts come first: what is done for each prompt in turn, as LoRAs of their own, fits
+    ids = torch.stack([torch.cat([ids, no_text.expand(count - len(ids), -1)]) for ids, _ in rows], dim=1)
+    weights = torch.stack([torch.cat([each, torch.ones(count - len(each), each.shape[1])]) for _, each in rows], dim=1)
+    embedding: Tensor = encoder(ids.flatten(0, 1))
+    weighted = _apply(weights.flatten(0, 1).to(embedding.device), embedding)
+    return weighted.reshape(count, len(prompts), *weighted.shape[1:]).transpose(0, 1).flatten(1, 2)
 
 
 def _apply(weights: Tensor, embedding: Tensor) -> Tensor:

@@ -72,7 +72,7 @@ class LoraWeights:
         Raises ValueError if keys, shapes or values do not fit the model, or nothing does, RuntimeError if these weights
         are on a model already.
         """
-        if self._adapters:
+        if self._injected():
             raise RuntimeError(f"{self.file.path} is on a model already: eject it first, or read it once more")
         layers = find_layers(model)
         contents = self._contents(model, layers, strict)
@@ -93,10 +93,11 @@ class LoraWeights:
 
     def eject(self) -> None:
         """Take the updates off again: the model is as it was, bit by bit. Raises RuntimeError if they are on none."""
-        if not self._adapters:
+        adapters = self._injected()
+        if not adapters:
             raise RuntimeError(f"{self.file.path} is on no model, so it cannot be ejected")
         with transaction():
-            for adapter in reversed(self._adapters):
+            for adapter in reversed(adapters):
                 adapter.eject()
         self._adapters = []
 
@@ -111,9 +112,14 @@ class LoraWeights:
             adapter.scale = value
 
     def _ensure_adapters(self) -> list[DeltaAdapter]:
-        if not self._adapters:
+        adapters = self._injected()
+        if not adapters:
             raise RuntimeError(f"{self.file.path} is on no model yet: call patch first")
-        return self._adapters
+        return adapters
+
+    def _injected(self) -> list[DeltaAdapter]:
+        """The adapters that are on a model; others may have been taken off one by one."""
+        return [adapter for adapter in self._adapters if adapter._is_injected]
 
     def read_for(self, model: Patchable, strict: bool = True) -> LoraContents:
         """What of the file goes where on a model: updates with factors that fit, and what is left out.

@@ -15,6 +15,7 @@ from torch.nn import functional
 import refiners.fluxion.layers as fl
 from refiners.fluxion.utils import image_to_tensor
 from refiners.foundationals.latent_diffusion.autoencoder import LatentDiffusionAutoencoder
+from refiners.foundationals.latent_diffusion.loras import Scheduled
 from refiners.foundationals.latent_diffusion.specs import StableDiffusionSpec
 from refiners.foundationals.latent_diffusion.unet import UNet
 from refiners.solvers import DPMSolver, Solver
@@ -44,6 +45,7 @@ class LatentDiffusionModel(fl.Module, ABC):
         self.unet = unet or UNet(spec.unet, device=device, dtype=dtype)
         self.lda = lda or LatentDiffusionAutoencoder(spec.autoencoder, device=device, dtype=dtype)
         self.solver = solver or DPMSolver(DEFAULT_STEPS, params=spec.solver_params)
+        self._lora_schedules: dict[str, Scheduled] = {}
 
     if TYPE_CHECKING:
 
@@ -102,6 +104,8 @@ class LatentDiffusionModel(fl.Module, ABC):
         x: (B, C, h, w) at the level of `step`.  clip_text_embedding: (2 B, L, D), or (2, L, D) for all B pictures.
         condition_scale: 1 is no guidance; the negative half is left out then.
         """
+        for scheduled in self._lora_schedules.values():
+            scheduled.apply(self.steps.index(step), len(self.steps))
         text = self._one_text_per_picture(x, clip_text_embedding)
         x = self._model_input(self.solver.scale_model_input(x, step))
         timestep = self.solver.timesteps[step].reshape(1).to(x.device)
@@ -111,7 +115,7 @@ class LatentDiffusionModel(fl.Module, ABC):
         return negative + condition_scale * (positive - negative)
 
     def _run_unet(self, x: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
-        self.unet.set_timestep(timestep)
+        self.unet.set_timestep(timestep.expand(x.shape[0]))  # one for each, as LoRAs may have a scale for each
         self.unet.set_clip_text_embedding(text)
         return self.unet(x)
 

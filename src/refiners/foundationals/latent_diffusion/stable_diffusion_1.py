@@ -16,6 +16,7 @@ from refiners.foundationals.clip.tokenizer import CLIPTokenizer
 from refiners.foundationals.latent_diffusion import pretrained
 from refiners.foundationals.latent_diffusion.autoencoder import LatentDiffusionAutoencoder
 from refiners.foundationals.latent_diffusion.generation import TextToImage
+from refiners.foundationals.latent_diffusion.loras import Loras
 from refiners.foundationals.latent_diffusion.model import mask_to_tensor, resized
 from refiners.foundationals.latent_diffusion.specs import SD1, SD1_INPAINTING, StableDiffusionSpec
 from refiners.foundationals.latent_diffusion.unet import UNet
@@ -57,6 +58,11 @@ class StableDiffusion_1(TextToImage):
             tokenizer = CLIPTokenizer(spec.vocabulary, text.max_sequence_length, text.pad_token_id)
             clip_text_encoder = CLIPTextEncoder(text, tokenizer, device=device, dtype=dtype)
         self.clip_text_encoder = clip_text_encoder
+
+    @property
+    def loras(self) -> Loras:
+        """The weight updates (LoRA and its kin) on this model, by name."""
+        return Loras(self, self._lora_schedules)
 
     @classmethod
     def from_pretrained(

@@ -1,0 +1,220 @@
+"""`model.loras`: the weight updates on a diffusion model, by name: add, scale, switch off, remove, merge.
+
+What there is is read off the trees each time, so updates that were injected in another way, or trained, are there too.
+"""
+
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from refiners.adapters.delta import Delta, Scale
+from refiners.adapters.delta_adapter import DeltaAdapter
+from refiners.adapters.merging import Merged, merge
+from refiners.fluxion.layers.transaction import transaction
+from refiners.foundationals.latent_diffusion.lora_blocks import Blocks, block_factors
+from refiners.foundationals.latent_diffusion.lora_places import Layer, Patchable, find_deltas, find_layers
+from refiners.foundationals.latent_diffusion.lora_report import LoraReport
+from refiners.foundationals.latent_diffusion.lora_weights import LoraWeights, file_name
+
+# How strong something is at a step: of its number, 0 … count - 1, and how many there are.
+Schedule = Callable[[int, int], float]
+
+
+@dataclass(frozen=True)
+class Scheduled:
+    """Updates whose scale depends on the step, each with what it is multiplied with."""
+
+    schedule: Schedule
+    deltas: tuple[tuple[Delta, float], ...]
+
+    def apply(self, step: int, count: int) -> None:
+        """Set the scales for a step."""
+        scale = self.schedule(step, count)
+        for delta, factor in self.deltas:
+            delta.scale = scale * factor
+
+
+class Loras:
+    """The weight updates on a model, by name; made by `model.loras`.
+
+    >>> from refiners.foundationals.latent_diffusion import StableDiffusion_1
+    >>> sd = StableDiffusion_1.from_pretrained("builtin")
+    >>> len(sd.loras)
+    0
+    """
+
+    def __init__(self, model: Patchable, schedules: dict[str, Scheduled]) -> None:
+        self._model = model
+        self._schedules = schedules
+
+    # -- what there is
+
+    def __iter__(self) -> Iterator[str]:
+        """The names, in the order of the trees."""
+        return iter(dict.fromkeys(file_name(delta.name) for _, delta in self._found()))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __contains__(self, name: object) -> bool:
+        return any(known == name for known in self)
+
+    def __getitem__(self, name: str) -> list[Delta]:
+        """The updates of that name. Raises KeyError if there is none."""
+        return [delta for _, delta in self._of(name)]
+
+    @property
+    def scales(self) -> dict[str, set[float | tuple[float, ...]]]:
+        """The scales that the updates of each name have; several where blocks differ."""
+        found: dict[str, set[float | tuple[float, ...]]] = {}
+        for _, delta in self._found():
+            found.setdefault(file_name(delta.name), set()).add(delta.scale)
+        return found
+
+    # -- edits
+
+    def add(
+        self,
+        lora: Path | str | LoraWeights,
+        name: str | None = None,
+        scale: Scale | Schedule = 1.0,
+        blocks: Blocks | None = None,
+        strict: bool = True,
+    ) -> LoraReport:
+        """Put a LoRA file of any kind on the model, all or nothing, and say what was done.
+
+        name: None for that of the file.  scale, blocks: see `set_scale`.  strict: see `LoraWeights.patch`.
+        """
+        weights = lora if isinstance(lora, LoraWeights) else LoraWeights(lora, name=name)
+        if isinstance(lora, LoraWeights) and name is not None:
+            weights.name = name
+        with transaction():
+            report = weights.patch(self._model, 1.0 if callable(scale) else scale, strict)
+            if callable(scale) or blocks is not None:
+                self.set_scale(report.name, scale, blocks)
+        return report
+
+    def set_scale(self, name: str, scale: Scale | Schedule, blocks: Blocks | None = None) -> None:
+        """Set how strong the updates of a name are. What was compiled stays good.
+
+        scale: a number; one for each picture of a batch; or a function of the step, 0 … count - 1, and the count, which
+            the model calls before each step (copies of the model do not take it along).
+        blocks: what the scale is multiplied with in parts of the model, see `lora_blocks`.
+        Raises KeyError if there is no such name, ValueError if a block fits no layer of the updates.
+        """
+        chosen = self._of(name)
+        factors = block_factors([layer.place if layer else None for layer, _ in chosen], blocks)
+        pairs = tuple((delta, factor) for (_, delta), factor in zip(chosen, factors, strict=True))
+        self._schedules.pop(name, None)
+        if callable(scale):
+            self._schedules[name] = Scheduled(scale, pairs)
+            return
+        for delta, factor in pairs:
+            delta.scale = scale * factor if isinstance(scale, int | float) else [value * factor for value in scale]
+
+    def enable(self, *names: str) -> None:
+        """Switch updates on; all if no name is given. Raises KeyError if there is no such name."""
+        self._switch(names, True)
+
+    def disable(self, *names: str) -> None:
+        """Switch updates off, all if no name is given: they keep their scales, and do nothing."""
+        self._switch(names, False)
+
+    def remove(self, *names: str) -> None:
+        """Take updates off the model, all or none of those named; it is as it was without them, bit by bit.
+
+        Raises KeyError if there is no such name.
+        """
+        chosen = {id(delta) for name in names for _, delta in self._of(name)}
+        with transaction():
+            for adapter in _adapters(self._model):
+                own = [delta.name for delta in adapter.deltas.values() if id(delta) in chosen]
+                if len(own) == len(adapter.deltas):
+                    adapter.eject()
+                else:
+                    for delta_name in own:
+                        adapter.remove_delta(delta_name)
+        for name in names:
+            self._schedules.pop(name, None)
+
+    def clear(self) -> None:
+        """Take all updates off."""
+        self.remove(*self)
+
+    @contextmanager
+    def applied(
+        self,
+        lora: Path | str | LoraWeights,
+        scale: Scale | Schedule = 1.0,
+        blocks: Blocks | None = None,
+        strict: bool = True,
+    ) -> Generator[LoraReport]:
+        """Inside `with`, a LoRA is on the model; afterwards it is off again. See `add`."""
+        report = self.add(lora, scale=scale, blocks=blocks, strict=strict)
+        try:
+            yield report
+        finally:
+            if report.name in self:
+                self.remove(report.name)
+
+    @contextmanager
+    def only(self, *names: str) -> Generator[None]:
+        """Inside `with`, the updates of these names are on and all others off; afterwards all are as before."""
+        for name in names:
+            self._of(name)
+        before = [(delta, delta.is_enabled) for _, delta in self._found()]
+        try:
+            for delta, _ in before:
+                delta.is_enabled = file_name(delta.name) in names
+            yield
+        finally:
+            for delta, is_enabled in before:
+                delta.is_enabled = is_enabled
+
+    def merge(self, *names: str) -> Merged:
+        """Write updates into the weights, all if no name is given: `unmerge` of what is returned takes them out again.
+
+        Raises as `refiners.adapters.merging.merge`, and KeyError if there is no such name. A schedule ends.
+        """
+        names = names or tuple(self)
+        deltas = {id(delta) for name in names for _, delta in self._of(name)}
+        adapters = [adapter for adapter in _adapters(self._model) if _holds(adapter, deltas)]
+        merged = merge(adapters)
+        for name in names:
+            self._schedules.pop(name, None)
+        return merged
+
+    # -- how
+
+    def _found(self) -> list[tuple[Layer | None, Delta]]:
+        return list(find_deltas(self._model, find_layers(self._model)))
+
+    def _of(self, name: str) -> list[tuple[Layer | None, Delta]]:
+        found = self._found()
+        chosen = [(layer, delta) for layer, delta in found if file_name(delta.name) == name]
+        if not chosen:
+            there = ", ".join(dict.fromkeys(file_name(delta.name) for _, delta in found))
+            raise KeyError(f"there is no LoRA {name!r} on this model; there are: {there or 'none'}")
+        return chosen
+
+    def _switch(self, names: Sequence[str], is_enabled: bool) -> None:
+        chosen = [delta for name in names or list(self) for _, delta in self._of(name)]
+        for delta in chosen:
+            delta.is_enabled = is_enabled
+
+
+def _adapters(model: Patchable) -> list[DeltaAdapter]:
+    trees = (model.unet, model.clip_text_encoder)
+    return [adapter for tree in trees for adapter, _ in tree.walk(DeltaAdapter, recurse=True)]
+
+
+def _holds(adapter: DeltaAdapter, deltas: set[int]) -> bool:
+    """Whether all updates of an adapter are among `deltas`. Raises ValueError if only some are."""
+    held = [id(delta) in deltas for delta in adapter.deltas.values()]
+    if any(held) and not all(held):
+        raise ValueError(
+            f"the adapter at {adapter.get_path()} holds updates of several names ({', '.join(adapter.names)}), which "
+            "can only be merged together: name them all"
+        )
+    return any(held)
