@@ -224,7 +224,8 @@ class RankedDelta(Delta):
         """The alpha over the rank."""
         return self._alpha / self.rank
 
-    def _set_alpha(self, alpha: float) -> None:
+    def set_alpha(self, alpha: float) -> None:
+        """Set how strong the maker of the update meant it to be. What was compiled stays good."""
         self._given_alpha = _checked_number("alpha", alpha)
         self.alpha.fill_(self._given_alpha)
         self._update_factor()

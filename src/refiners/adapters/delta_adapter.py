@@ -162,7 +162,7 @@ def _updated(layer: nn.Module, deltas: Iterable[Delta]) -> tuple[Tensor, Tensor 
     weight, bias = cast(Tensor, layer.weight), cast("Tensor | None", getattr(layer, "bias", None))
     new_weight, new_bias = weight, bias
     for delta in deltas:
-        direction, bias_direction = delta.direction(weight), delta.bias_direction(weight)
+        direction, bias_direction = delta.direction(weight), delta.bias_direction(weight, bias)
         if direction is not None:
             new_weight = new_weight + delta.scaled(direction).to(weight.dtype)
         if bias_direction is not None:

@@ -61,6 +61,6 @@ class Difference(Delta):
         """The difference of the weight."""
         return self.weight
 
-    def bias_direction(self, weight: Tensor) -> Tensor | None:
+    def bias_direction(self, weight: Tensor, bias: Tensor | None) -> Tensor | None:
         """The difference of the bias."""
         return self.bias

@@ -88,7 +88,7 @@ class Lora(RankedDelta, ABC, Generic[Map]):
             self.down.weight.copy_(down_weight)
             self.up.weight.copy_(up_weight)
         if alpha is not None:
-            self._set_alpha(alpha)
+            self.set_alpha(alpha)
 
     def parts(self) -> dict[str, Tensor]:
         """As `from_parts` takes them: "down" (rank, in, ...) and "up" (out, rank, ...)."""

@@ -15,6 +15,7 @@ from refiners.fluxion.layers.transaction import transaction
 from refiners.foundationals.latent_diffusion.lora_blocks import Blocks, block_factors
 from refiners.foundationals.latent_diffusion.lora_places import Layer, Patchable, find_deltas, find_layers
 from refiners.foundationals.latent_diffusion.lora_report import LoraReport
+from refiners.foundationals.latent_diffusion.lora_slot import LoraSlot
 from refiners.foundationals.latent_diffusion.lora_weights import LoraWeights, file_name
 
 # How strong something is at a step: of its number, 0 … count - 1, and how many there are.
@@ -184,6 +185,21 @@ class Loras:
         for name in names:
             self._schedules.pop(name, None)
         return merged
+
+    def reserve(self, rank: int, name: str = "slot") -> LoraSlot:
+        """Make room for one LoRA after another, of up to a rank, on a model that is compiled only once.
+
+        >>> from refiners.foundationals.latent_diffusion import StableDiffusion_1
+        >>> sd = StableDiffusion_1.from_pretrained("builtin")
+        >>> slot = sd.loras.reserve(rank=4)
+        >>> sd.loras.scales
+        {'slot': {0.0}}
+
+        Raises ValueError if the name is taken or the rank is not at least 1.
+        """
+        if name in self:
+            raise ValueError(f"there is a LoRA {name!r} on this model already: give the slot another name")
+        return LoraSlot(self._model, rank, name)
 
     # -- how
 

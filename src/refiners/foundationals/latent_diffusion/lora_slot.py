@@ -1,0 +1,89 @@
+"""A place for one LoRA after another on a model that may be compiled: what is swapped is values, never the tree."""
+
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from refiners.adapters.delta import Scale
+from refiners.adapters.lora import LoraAdapter
+from refiners.adapters.low_rank import Lora, lora_for
+from refiners.fluxion.layers.transaction import transaction
+from refiners.foundationals.latent_diffusion.lora_places import Patchable, find_layers
+from refiners.foundationals.latent_diffusion.lora_report import LoraReport, attached_update
+from refiners.foundationals.latent_diffusion.lora_weights import LoraWeights
+from refiners.weights.lora_keys import Kind, LoraUpdate
+
+
+class LoraSlot:
+    """Room for a LoRA of up to `rank` on every linear layer and convolution; made by `model.loras.reserve`.
+
+    A layer that a LoRA does not touch costs as much as one that it does, so do not reserve more rank than needed.
+    """
+
+    def __init__(self, model: Patchable, rank: int, name: str) -> None:
+        self.name = name
+        self.rank = rank
+        self._model = model
+        self._loras: dict[str, Lora[Any]] = {}
+        with transaction():
+            for path, layer in find_layers(model).items():
+                if isinstance(layer.module, nn.Linear | nn.Conv2d):
+                    target = cast(Any, layer.module)
+                    lora: Lora[Any] = lora_for(target, name, rank, 0.0, None, None, None)
+                    LoraAdapter(target, lora).inject(layer.parent)
+                    self._loras[path] = lora
+
+    def load(self, lora: Path | str | LoraWeights, scale: Scale = 1.0, strict: bool = True) -> LoraReport:
+        """Put a LoRA in the place of the one that is there, all or nothing, and say what was done.
+
+        Raises ValueError as `LoraWeights.patch`, and if a rank is above that of the slot, or an update is no LoRA.
+        """
+        weights = lora if isinstance(lora, LoraWeights) else LoraWeights(lora)
+        contents = weights.read_for(self._model, strict)
+        for update in contents.updates:
+            self._check(weights.file.path, update)
+        updates = {update.place.path: update for update in contents.updates}
+        for path, own in self._loras.items():
+            self._fill(own, updates.get(path), scale)
+        attached = tuple(attached_update(update, self._loras[path].dtype) for path, update in updates.items())
+        return LoraReport(str(weights.file.path), self.name, attached, contents.left_out)
+
+    def clear(self) -> None:
+        """Leave the slot empty: the model is as it was without it, up to rounding."""
+        for lora in self._loras.values():
+            lora.scale = 0.0
+
+    def _check(self, path: Path, update: LoraUpdate) -> None:
+        if update.shown_kind is not Kind.LORA:
+            raise ValueError(
+                f"{path}: {update.name!r} is a {update.shown_kind}, and a slot holds LoRA only: convert the file to "
+                "LoRA, or add it to model.loras"
+            )
+        if (update.rank or 0) > self.rank:
+            raise ValueError(
+                f"{path}: {update.name!r} has rank {update.rank}, and the slot {self.name!r} holds up to {self.rank}: "
+                "reserve more, or resize the file"
+            )
+
+    @torch.no_grad()
+    def _fill(self, own: Lora[Any], update: LoraUpdate | None, scale: Scale) -> None:
+        if update is None:
+            own.scale = 0.0
+            return
+        down, up = folded(update)
+        rank = down.shape[0]
+        own.down.weight[:rank].copy_(down)
+        own.up.weight[:, :rank].copy_(up)
+        own.up.weight[:, rank:].zero_()
+        own.set_alpha(update.strength * self.rank)
+        own.scale = scale
+
+
+def folded(update: LoraUpdate) -> tuple[Tensor, Tensor]:
+    """The way down and the way up of a LoRA; the core of a Tucker decomposition is multiplied into the way down."""
+    down, up, mid = update.tensors["down"], update.tensors["up"], update.tensors.get("mid")
+    if mid is not None:
+        down = torch.einsum("rshw,si->rihw", mid.float(), down.float().flatten(1))
+    return down, up
