@@ -1,13 +1,20 @@
-"""`python -m bench [chains loras imports diffusion]`: print figures beside their bounds; exit 1 if one is not kept."""
+"""`python -m bench [SUITE ...]`: print figures beside their bounds; exit 1 if one is not kept."""
 
 import sys
 
 import torch
 
-from bench import chains, diffusion, imports, loras
+from bench import chains, deltas, diffusion, imports, loras, training
 from bench.timing import print_rows
 
-SUITES = {"chains": chains.rows, "loras": loras.rows, "imports": imports.rows, "diffusion": diffusion.rows}
+SUITES = {
+    "chains": chains.rows,
+    "loras": loras.rows,
+    "deltas": deltas.rows,
+    "imports": imports.rows,
+    "diffusion": diffusion.rows,
+    "training": training.rows,
+}
 
 
 def main(names: list[str]) -> int:

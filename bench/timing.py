@@ -5,6 +5,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+LONG_S = 0.2
+
 
 @dataclass(frozen=True)
 class Row:
@@ -28,26 +30,30 @@ def times(
     """Seconds per call of each candidate, in each of `rounds` rounds, in which the candidates run in turn.
 
     The order turns from round to round, so that none always runs after the same other. A candidate is called as often
-    in a row as fits into `round_s`, at least twice, and the first call, which finds the caches cold, does not count.
+    in a row as fits into `round_s`, at least once, after a call that finds the caches cold and does not count; calls
+    that take longer than `LONG_S` warm their own caches, and all count.
     """
-    counts: dict[str, int] = {}
+    lengths: dict[str, float] = {}
     for name, candidate in candidates.items():
-        candidate()
-        start = time.perf_counter()
-        candidate()
-        counts[name] = max(1, round(round_s / (time.perf_counter() - start)))
+        first = _seconds(candidate)
+        lengths[name] = first if first > LONG_S else _seconds(candidate)
     measured: dict[str, list[float]] = {name: [] for name in candidates}
     names = list(candidates)
     for index in range(rounds):
         turn = index % len(names)
         for name in names[turn:] + names[:turn]:
-            candidate = candidates[name]
-            candidate()
-            start = time.perf_counter()
-            for _ in range(counts[name]):
-                candidate()
-            measured[name].append((time.perf_counter() - start) / counts[name])
+            if lengths[name] < LONG_S:
+                candidates[name]()
+            measured[name].append(_seconds(candidates[name], max(1, round(round_s / lengths[name]))))
     return measured
+
+
+def _seconds(call: Callable[[], object], count: int = 1) -> float:
+    """Seconds per call, of `count` calls in a row."""
+    start = time.perf_counter()
+    for _ in range(count):
+        call()
+    return (time.perf_counter() - start) / count
 
 
 def ratio_row(
@@ -74,6 +80,12 @@ def ratio_row(
     ratios = [a / b for a, b in zip(own, other, strict=True)]
     ours_us, peer_us = statistics.median(own) * 1e6, statistics.median(other) * 1e6
     return Row(name, ours_us, peer_us, "us", bound, statistics.median(ratios))
+
+
+def compared(name: str, ours: list[float], peer: list[float], bound: float) -> Row:
+    """Compare seconds of the same rounds: the median over the rounds of ours / peer."""
+    ratio = statistics.median(a / b for a, b in zip(ours, peer, strict=True))
+    return Row(name, statistics.median(ours) * 1e3, statistics.median(peer) * 1e3, "ms", bound, ratio)
 
 
 def print_rows(title: str, rows: list[Row]) -> None:

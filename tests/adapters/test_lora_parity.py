@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from adapter_specimens import Doubled
+from delta_specimens import as_torch, assert_close, gradients
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -17,39 +18,12 @@ with warnings.catch_warnings():  # what others deprecate is not ours to fix
     warnings.simplefilter("ignore")
     from peft import LoraConfig, inject_adapter_in_model
 
-TOLERANCE = 1e-5
-
-
-def assert_close(ours: Tensor, theirs: Tensor) -> None:
-    assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
-    assert theirs.norm() > 1e-3, "a reference of zeros proves nothing"
-    error = ((ours - theirs).norm() / theirs.norm()).item()
-    assert error <= TOLERANCE, f"relative error {error:.2e}"
-
 
 def random_weights(lora: Any, seed: int) -> Any:
     generator = torch.Generator().manual_seed(seed)
     for layer in (lora.down, lora.up):
         nn.init.normal_(layer.weight, std=0.5, generator=generator)
     return lora
-
-
-def gradients(call: Callable[[Tensor], Tensor], x: Tensor, weights: Iterable[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """The output of a call, and the gradients of its input and of weights for a loss that weighs each output anew."""
-    x = x.clone().requires_grad_()
-    output = call(x)
-    target = torch.linspace(-1, 1, output.numel()).view_as(output)
-    return output, list(torch.autograd.grad((output * target).sum() + output.square().sum(), [x, *weights]))
-
-
-def as_torch(layer: Any) -> nn.Module:
-    """The same layer, of torch's own class: peft builds its parts by calling the class of the layer."""
-    if isinstance(layer, nn.Linear):
-        return layer
-    sizes = (layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding)
-    plain = nn.Conv2d(*sizes, bias=layer.bias is not None)
-    plain.load_state_dict(layer.state_dict())
-    return plain
 
 
 def peft_on(layer: nn.Module, loras: dict[str, Any]) -> tuple[nn.Module, list[Tensor]]:

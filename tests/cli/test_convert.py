@@ -1,5 +1,6 @@
 """`refiners convert` and the scripts: every form of a model into every other, LoRAs, and what is refused."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,7 @@ def test_half_writes_float16_and_it_stays(folder: Path, form: str) -> None:
 def test_a_lora_becomes_other_forms(folder: Path, lora: Path, form: str) -> None:
     output = succeed("convert", lora, "--to", form, "other.safetensors", "--model", folder)
     assert f"wrote other.safetensors ({form}): " in output
+    assert re.search(r"read it again: (\d+) of \1 layers are equal bit by bit", output)
     models = [StableDiffusion_1.from_pretrained(folder) for _ in range(2)]
     for model, path in zip(models, (lora, Path("other.safetensors")), strict=True):
         LoraWeights(path, name="style").patch(model)
@@ -89,7 +91,8 @@ def test_a_lora_becomes_other_forms(folder: Path, lora: Path, form: str) -> None
 
 
 def test_a_lora_in_half_and_as_a_folder(folder: Path, lora: Path) -> None:
-    succeed("convert", lora, "--to", "peft", "adapter", "--half", "--model", folder)
+    output = succeed("convert", lora, "--to", "peft", "adapter", "--half", "--model", folder)
+    assert re.search(r"read it again: 0 of \d+ layers are equal bit by bit, .* up to \d\.\de-04 of the", output)
     stored = load_file("adapter/adapter_model.safetensors")
     assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
     assert "wrote back.safetensors" in succeed(

@@ -38,6 +38,7 @@ class Delta(Module, ABC):
         super().__init__()
         self.name = name
         self._scale = _checked_scale(scale)
+        self._has_one_scale = isinstance(self._scale, float)
         self._is_enabled = True
         self.register_buffer("factor", None, persistent=False)
 
@@ -121,6 +122,7 @@ class Delta(Module, ABC):
     @scale.setter
     def scale(self, value: Scale) -> None:
         self._scale = _checked_scale(value)
+        self._has_one_scale = isinstance(self._scale, float)
         self._update_factor()
 
     @property
@@ -144,7 +146,7 @@ class Delta(Module, ABC):
     @property
     def has_one_scale(self) -> bool:
         """Whether all samples have the same scale."""
-        return isinstance(self._scale, float)
+        return self._has_one_scale  # read at each call: a look at the scale would tie what was compiled to its value
 
     @property
     def gain(self) -> float:

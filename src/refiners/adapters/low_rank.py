@@ -63,6 +63,12 @@ class Lora(RankedDelta, ABC, Generic[Map]):
         """The weights of the way down (rank, in, ...) and up (out, rank, ...), as they run."""
         return _weight(self, "down"), _weight(self, "up")
 
+    def _factors_for(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """The factors in a number format that holds both theirs and that of a layer's weight."""
+        down, up = self.factors()
+        dtype = torch.promote_types(weight.dtype, down.dtype)
+        return down.to(dtype), up.to(dtype)
+
     @abstractmethod
     def add_to(self, base: Tensor, x: Tensor, down: Tensor, up: Tensor, factor: Tensor) -> Tensor:
         """The sum of `base` and the update of `x` by these weights: its own, or those of several maps as of one.
@@ -80,10 +86,7 @@ class Lora(RankedDelta, ABC, Generic[Map]):
 
     def load_weights(self, down_weight: Tensor, up_weight: Tensor, alpha: float | None = None) -> None:
         """Copy weights of the same shapes into this map, in place. Raises ValueError if a shape differs."""
-        for name, layer, weight in (("down", self.down, down_weight), ("up", self.up, up_weight)):
-            if weight.shape != layer.weight.shape:
-                ours, theirs = tuple(layer.weight.shape), tuple(weight.shape)
-                raise ValueError(f"LoRA {self.name!r}: the {name} weight has shape {theirs}, this one needs {ours}")
+        self._check_shapes(down=down_weight, up=up_weight)
         with torch.no_grad():
             self.down.weight.copy_(down_weight)
             self.up.weight.copy_(up_weight)
@@ -93,6 +96,13 @@ class Lora(RankedDelta, ABC, Generic[Map]):
     def parts(self) -> dict[str, Tensor]:
         """As `from_parts` takes them: "down" (rank, in, ...) and "up" (out, rank, ...)."""
         return {"down": self.down.weight, "up": self.up.weight}
+
+    def _check_shapes(self, **weights: Tensor) -> None:
+        """Raises ValueError if weights, by part, are not of the shapes of those here."""
+        for part, weight in weights.items():
+            ours, theirs = tuple(_weight(self, part).shape), tuple(weight.shape)
+            if ours != theirs:
+                raise ValueError(f"LoRA {self.name!r}: the {part} weight has shape {theirs}, this one needs {ours}")
 
     def _spread(self, factor: Tensor, h: Tensor) -> Tensor:
         """Factors in a shape that multiplies h (B, ..., rank), or (B, rank, H, W) of a convolution."""
@@ -171,7 +181,7 @@ class LinearLora(Lora[Linear]):
 
     def direction(self, weight: Tensor) -> Tensor:
         """The product of the way up and the way down."""
-        down, up = self.factors()
+        down, up = self._factors_for(weight)
         return up @ down
 
     def add_to(self, base: Tensor, x: Tensor, down: Tensor, up: Tensor, factor: Tensor) -> Tensor:
@@ -308,7 +318,7 @@ class Conv2dLora(Lora[Conv2d]):
         """A LoRA with the geometry of `layer` on the way down, and 1x1 on the way up.
 
         parts: "down" (rank, in, h, w) and "up" (out, rank, 1, 1); or "down" (rank, in, 1, 1) and the core of a Tucker
-            decomposition, "mid" (rank, rank, h, w).
+            decomposition, "mid" (rank, rank, h, w), which only a convolution of one group can have.
         """
         misfit = None if isinstance(layer, nn.Conv2d) else f"it updates a convolution, not a {type(layer).__name__}"
         if misfit or not isinstance(layer, nn.Conv2d):
@@ -317,16 +327,23 @@ class Conv2dLora(Lora[Conv2d]):
         lora: Any = lora_for(layer, name, down.shape[0], scale, alpha, device="meta", dtype=down.dtype)
         if "mid" in parts:
             lora.add_core(parts["mid"])
+        lora._check_shapes(down=down, up=up)
         return _with_weights(lora, down, up).checked_for(layer)
 
     def add_core(self, weight: Tensor) -> None:
-        """Put a convolution of this weight (rank, rank, h, w) in the middle, with the kernel that `down` had."""
-        self.mid, self.down = (
-            self.down,
-            Conv2d(self.in_channels, self.rank, 1, use_bias=False, device="meta", dtype=weight.dtype),
-        )
-        self.mid.in_channels = self.rank
-        self.mid.weight = nn.Parameter(weight.detach())
+        """Put a convolution of this weight (rank, rank, h, w) in the middle, with the kernel that `down` had.
+
+        Raises ValueError if the weight has another shape, or the convolution is of several groups.
+        """
+        mid, down = self.down, Conv2d(self.in_channels, self.rank, 1, use_bias=False, device="meta", dtype=weight.dtype)
+        needed = (self.rank, self.rank, *mid.kernel_size)
+        if mid.groups != 1:
+            raise ValueError(f"LoRA {self.name!r} has a mid weight, and the layer has {mid.groups} groups")
+        if weight.shape != needed:
+            raise ValueError(f"LoRA {self.name!r}: the mid weight has shape {tuple(weight.shape)}, not {needed}")
+        self.mid, self.down = mid, down
+        mid.in_channels = self.rank
+        mid.weight = nn.Parameter(weight.detach())
 
     def parts(self) -> dict[str, Tensor]:
         """As in `Lora`, and "mid" (rank, rank, h, w) if there is one."""
@@ -351,7 +368,7 @@ class Conv2dLora(Lora[Conv2d]):
 
         Raises ValueError if both ways have kernels: the two convolutions are then not one of the layer's kernel.
         """
-        down, up = self.factors()
+        down, up = self._factors_for(weight)
         if down.shape[2:].numel() != 1 and up.shape[2:].numel() != 1:
             raise ValueError(f"LoRA {self.name!r} has kernels on both ways, so it is no update of one weight")
         groups = self.down.groups

@@ -6,6 +6,7 @@ from refiners.cli.convert import convert
 from refiners.cli.demo import demo
 from refiners.cli.generate import generate
 from refiners.cli.inspect import inspect
+from refiners.cli.lora import app as lora
 from refiners.cli.train import train
 
 app = typer.Typer(
@@ -18,6 +19,7 @@ app.command()(convert)
 app.command()(inspect)
 app.command()(train)
 app.command()(demo)
+app.add_typer(lora, name="lora")
 
 
 def main() -> None:

@@ -33,7 +33,10 @@ ModelName = Annotated[
 def convert(
     source: Source, target: Target, form: Form, half: Half = False, model: ModelName = None, debug: Debug = False
 ) -> None:
-    """Write a model or a LoRA in another form. Values stay what they are, bit by bit, unless --half is given."""
+    """Write a model or a LoRA in another form. Values stay what they are, bit by bit, unless --half is given.
+
+    A LoRA is then read again and compared with what it was, layer by layer.
+    """
     with reported_errors(debug):
         from refiners.cli.sources import is_lora
 
@@ -50,20 +53,23 @@ def _convert_model(source: str, target: Path, form: str, half: bool, model: str 
     if model is not None:
         raise ValueError(f"{source}: this is a model, and --model is for LoRAs: leave it out")
     typer.echo(f"read {source}: {described_storage(files.tensors)}")
-    write_model(files, target, form, _dtype(half))
+    write_model(files, target, form, as_dtype(half))
     typer.echo(f"wrote {target} ({form}{', float16' if half else ''})")
 
 
 def _convert_lora(source: str, target: Path, form: str, half: bool, model: str | None) -> None:
     from refiners.cli.sources import empty_model
-    from refiners.foundationals.latent_diffusion.lora import convert_lora, inspect_lora
+    from refiners.foundationals.latent_diffusion.lora import compare_loras, convert_lora, inspect_lora
 
     typer.echo(f"read {inspect_lora(source)}")
-    count = convert_lora(source, target, empty_model(model), format=form, dtype=_dtype(half))
-    typer.echo(f"wrote {target} ({form}{', float16' if half else ''}): {count} layers")
+    tree = empty_model(model)
+    count = convert_lora(source, target, tree, format=form, dtype=as_dtype(half))
+    typer.echo(f"wrote {target} ({form}{', float16' if half else ''}): {count} updates")
+    typer.echo(f"read it again: {compare_loras(source, target, tree)}")
 
 
-def _dtype(half: bool) -> "torch.dtype | None":
+def as_dtype(half: bool) -> "torch.dtype | None":
+    """What `--half` asks for; None for the dtype that there is."""
     import torch
 
     return torch.float16 if half else None
@@ -88,7 +94,7 @@ def run_part_script(part: str, output_file: str) -> None:
             from refiners.foundationals.latent_diffusion.convert import convert_part
 
             check_is_model(source)
-            count = convert_part(source, part, target, _dtype(half))
+            count = convert_part(source, part, target, as_dtype(half))
             typer.echo(f"wrote {target}: {count} tensors of {source}{' in float16' if half else ''}")
 
     app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)

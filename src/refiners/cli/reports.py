@@ -20,11 +20,11 @@ from refiners.foundationals.latent_diffusion import (
 )
 from refiners.foundationals.latent_diffusion.lora import inspect_lora
 from refiners.foundationals.latent_diffusion.parts_folder import UNCHANGED
-from refiners.weights.files import read_torch
 from refiners.weights.formats import Content, Family, Identity, identify
 from refiners.weights.header import DTYPES, read_header
 from refiners.weights.matching import match
 from refiners.weights.rules import Names
+from refiners.weights.torch_files import is_torch_file, read_torch
 
 PARTS = ("clip_text_encoder", "unet", "lda")
 MAX_GROUPS = 12  # a table of more lines than this says less than none
@@ -94,9 +94,7 @@ def read_shapes(path: Path) -> dict[str, Tensor]:
 
     Raises ValueError if the file is damaged or none of weights.
     """
-    with open(path, "rb") as file:
-        start = file.read(9)
-    if start[8:] != b"{" and start.startswith((b"PK\x03\x04", b"\x80")):
+    if is_torch_file(path):
         return {name: tensor.to("meta") for name, tensor in read_torch(path).items()}
     return {
         name: torch.empty(_torch_shape(info.dtype, info.shape), dtype=DTYPES[info.dtype], device="meta")

@@ -67,7 +67,7 @@ class Settings:
 
     def scaled_loras(self) -> list[tuple[str, float]]:
         """File and scale of each LoRA; 1 if none is given. A file of the whole name, colon and all, comes first."""
-        return [_split_scale(text) for text in self.loras if text]
+        return [split_scale(text) for text in self.loras if text]
 
     def files(self) -> list[Path]:
         """The files, besides the model, that the picture depends on."""
@@ -75,7 +75,8 @@ class Settings:
         return [Path(name) for name in (self.init_image, self.mask, *loras) if name]
 
 
-def _split_scale(text: str) -> tuple[str, float]:
+def split_scale(text: str) -> tuple[str, float]:
+    """`FILE:SCALE` as a file and a scale, 1 if none is given. Raises ValueError if the scale is no number."""
     file, colon, scale = text.rpartition(":")
     if not colon or Path(text).exists():
         return text, 1.0

@@ -1,6 +1,7 @@
 """Looking at trees: printing them, and saying where in them an error happened. Knows modules only by what they hold."""
 
 import itertools
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import TracebackType
@@ -98,11 +99,14 @@ def readable_count(count: int) -> str:
 # -- locating errors
 
 
-def add_location(error: Exception, root: nn.Module) -> None:
-    """Add a note to `error`: the path from `root` to the layer that failed, what came into it, and what does not fit.
+def add_location(root: nn.Module) -> None:
+    """Add a note to the error that is being handled: the way to the layer that failed, its inputs, what does not fit.
 
-    The note replaces that of an inner call, so an error carries one note, of its whole way.
+    root: where the way starts. The note replaces that of an inner call, so an error carries one note, of its whole way.
     """
+    error = sys.exception()
+    if error is None:  # torch's compiler goes on behind a broken graph without it
+        return
     calls = list(_calls(error.__traceback__))
     if not calls:
         return
@@ -118,12 +122,13 @@ def _calls(trace: TracebackType | None) -> Iterator[tuple[nn.Module, tuple[Any, 
     """The module calls that a traceback went through, outermost first, with their inputs."""
     last: nn.Module | None = None
     while trace is not None:
-        name, variables = trace.tb_frame.f_code.co_name, trace.tb_frame.f_locals
-        module = variables.get("self")
         # `_call_impl` is how torch calls a module, `__call__` how ours do; with hooks, both are on the way
-        if name in ("_call_impl", "__call__") and isinstance(module, nn.Module) and module is not last:
-            yield module, variables.get("args", ())
-            last = module
+        if trace.tb_frame.f_code.co_name in ("_call_impl", "__call__"):
+            variables = trace.tb_frame.f_locals
+            module = variables.get("self")
+            if isinstance(module, nn.Module) and module is not last:
+                yield module, variables.get("args", ())
+                last = module
         trace = trace.tb_next
 
 

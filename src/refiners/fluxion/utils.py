@@ -19,9 +19,9 @@ from torch.nn import functional
 from refiners.weights.files import (
     read_metadata,
     read_safetensors,
-    read_torch,
     write_safetensors,
 )
+from refiners.weights.torch_files import read_torch
 
 # torch's own class, not one derived from it: torch.compile knows it by identity.
 no_grad = torch.no_grad

@@ -1,7 +1,6 @@
 from refiners.weights.files import (
     read_metadata,
     read_safetensors,
-    read_torch,
     write_safetensors,
 )
 from refiners.weights.header import (
@@ -11,6 +10,7 @@ from refiners.weights.header import (
     TensorInfo,
     read_header,
 )
+from refiners.weights.torch_files import read_torch
 
 __all__ = [
     "DTYPES",

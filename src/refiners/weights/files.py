@@ -1,13 +1,9 @@
-"""Weights files in and out: safetensors, and torch files with nothing but tensors in them.
-
-No code of a file is ever run, and a file is either read whole or refused with the reason.
-"""
+"""Safetensors files in and out: a file is either read whole or refused with the reason."""
 
 import json
 import os
-import re
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
@@ -16,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariableType]  # its PathLike is bare
 from torch import Tensor
 
-from refiners.weights.header import DTYPES, bits_per_value, check_is_file, read_header
+from refiners.weights.header import DTYPES, bits_per_value, read_header
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -68,31 +64,6 @@ def write_safetensors(
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def read_torch(path: Path | str, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """Read a torch file that holds a dict of tensors, at its top or under "state_dict"; memory-mapped where possible.
-
-    Raises ValueError if the file holds anything else, is damaged, or wants to run code; FileNotFoundError,
-    IsADirectoryError.
-    """
-    check_is_file(path)
-    with open(path, "rb") as file:
-        start = file.read(9)
-    if start[8:] == b"{":
-        raise ValueError(f"{path}: this looks like a safetensors file; read it with read_safetensors")
-    try:
-        content: object = torch.load(
-            path,
-            map_location="cpu",
-            weights_only=True,
-            mmap=start.startswith(b"PK"),  # torch cannot map the older format, which is no zip archive
-        )
-    except (OSError, MemoryError):
-        raise
-    except Exception as error:  # a damaged pickle can fail in any way
-        raise _explain(path, error) from error
-    return {name: tensor.detach().to(device) for name, tensor in _tensors_in(path, content).items()}
 
 
 def _check_can_write(path: Path | str, target: Path) -> None:
@@ -171,39 +142,3 @@ def _bytes_of(tensor: Tensor) -> memoryview:
     values = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
     flat = values.as_strided((values.numel(),), (1,))  # one value can have any stride and still count as contiguous
     return flat.view(torch.uint8).numpy().data
-
-
-def _explain(path: Path | str, error: Exception) -> ValueError:
-    text = str(error)
-    wanted = re.search(r"GLOBAL (\S+)", text)
-    if wanted or "TorchScript" in text:
-        code = wanted[1] if wanted else "a TorchScript program"
-        return ValueError(
-            f"{path}: refused, since this file wants to run code ({code}) and a file of weights needs none; "
-            "ask its author for safetensors, or convert it where you can trust it"
-        )
-    reason = (re.findall(r"Unsupported \w+ \S+", text) or text.splitlines() or [type(error).__name__])[0]
-    return ValueError(
-        f"{path}: this is not a torch file that can be read without running code ({reason}); "
-        "it may be damaged: get it again, or ask its author for safetensors"
-    )
-
-
-def _tensors_in(path: Path | str, content: object) -> dict[str, Tensor]:
-    tensors, place = content, "the file"
-    if isinstance(content, dict) and isinstance(cast("dict[object, object]", content).get("state_dict"), dict):
-        tensors, place = cast("dict[object, object]", content)["state_dict"], "its state_dict"
-    if not isinstance(tensors, dict):
-        raise ValueError(f"{path}: {place} should hold a dict of tensors, but it is a {type(tensors).__name__}")
-    found = cast("dict[object, object]", tensors)
-    strange = [name for name, value in found.items() if not (isinstance(name, str) and isinstance(value, Tensor))]
-    if strange:
-        raise ValueError(
-            f"{path}: {place} should hold only named tensors, but {len(strange)} of {len(found)} entries are not "
-            f"(first: {_list_kinds(found, strange[:3])}); save the dict of tensors alone"
-        )
-    return cast("dict[str, Tensor]", found)
-
-
-def _list_kinds(found: Mapping[object, object], names: Iterable[object]) -> str:
-    return ", ".join(f"{name!r} is a {type(found[name]).__name__}" for name in names)

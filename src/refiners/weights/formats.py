@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from refiners.weights.files import read_torch
-from refiners.weights.header import check_is_file, read_header
+from refiners.weights.header import read_header
 from refiners.weights.lora_keys.kinds import Kind, split_key
+from refiners.weights.torch_files import is_torch_file, read_torch
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -138,6 +138,7 @@ _FAMILY_MARKS = (  # patterns that are in the names of one family only
     (Family.SD1, r"cond_stage_model\.transformer\.text_model\."),
 )
 _CROSS_ATTENTION = re.compile(r".*attn2[._](?:processor\.)?to_[kv](?:_lora)?\.(.+)$")
+A1111_NAMES = {"emb_params", "*"}  # of vectors, where the word is the name of the file
 _EMBEDDING = re.compile(r"(?:emb_params|clip_l|clip_g|<.+>|[^.]{1,60})")
 
 
@@ -146,10 +147,7 @@ def identify_file(path: Path | str) -> Identity:
 
     Raises ValueError if the file is damaged or no weights file, FileNotFoundError, IsADirectoryError.
     """
-    check_is_file(path)
-    with open(path, "rb") as file:
-        start = file.read(9)
-    if start[8:] != b"{" and start.startswith((b"PK\x03\x04", b"\x80")):
+    if is_torch_file(path):
         return identify({name: tuple(tensor.shape) for name, tensor in read_torch(path).items()})
     return identify({name: info.shape for name, info in read_header(path).tensors.items()})
 
@@ -164,7 +162,7 @@ def identify(shapes: Shapes) -> Identity:
         if all(signature.has(mark, text) for mark in signature.marks):
             return Identity(signature.content, signature.form, *_family(shapes, text))
     if 0 < len(shapes) <= 64 and all(_EMBEDDING.fullmatch(name) and len(shape) <= 2 for name, shape in shapes.items()):
-        form = "A1111" if "emb_params" in shapes else "diffusers"
+        form = "A1111" if shapes.keys() & A1111_NAMES else "diffusers"
         return Identity(Content.TEXTUAL_INVERSION, form, *_family_of_embedding(shapes))
     return Identity(Content.UNKNOWN, nearest=_nearest_miss(text))
 

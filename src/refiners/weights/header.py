@@ -13,6 +13,7 @@ from typing import BinaryIO, cast
 import torch
 
 MAX_HEADER_BYTES = 100_000_000  # the same bound as the safetensors library
+MAX_NAME = 1000  # characters: no model has longer names, and messages quote them
 MAX_SIZE = 2**63 - 1  # torch holds sizes as signed 64-bit numbers
 
 # The dtype names of the format that torch can hold.
@@ -85,11 +86,19 @@ def read_header(path: Path | str) -> Header:
 
 
 def check_is_file(path: Path | str) -> None:
-    """Raise FileNotFoundError or IsADirectoryError, in plain words, unless `path` can be opened as a file."""
+    """Raise FileNotFoundError, IsADirectoryError or ValueError, in plain words, unless `path` is of a file."""
     if os.path.isdir(path):
         raise IsADirectoryError(f"{path}: this is a directory; give the path of one weights file in it")
     if not os.path.exists(path):
         raise FileNotFoundError(f"{path}: there is no such file; check the path (relative to {os.getcwd()})")
+    if not os.path.isfile(path):  # reading from a pipe or a device may never end
+        raise ValueError(f"{path}: this is a pipe or a device; give the path of a weights file")
+
+
+def check_name(path: Path | str, name: str) -> None:
+    """Raise ValueError for a tensor whose name is too long to be one."""
+    if len(name) > MAX_NAME:
+        raise _damaged(path, f"a tensor has a name of {len(name)} characters, over {MAX_NAME}: {_short(name)}")
 
 
 def bits_per_value(dtype: str) -> int:
@@ -132,7 +141,7 @@ def _parse(path: Path | str, text: bytes) -> dict[str, object]:
     except (ValueError, RecursionError) as error:  # ValueError: no UTF-8, no JSON, or a number of too many digits
         raise _damaged(path, f"the header is not JSON in UTF-8 ({error})") from error
     if repeated:
-        raise _damaged(path, f"the header has the key {repeated[0]!r} twice, but keys must be unique")
+        raise _damaged(path, f"the header has the key {_short(repeated[0])} twice, but keys must be unique")
     if not isinstance(entries, dict):
         raise _damaged(path, f"the header should be a JSON object, but it is a {type(entries).__name__}")
     return cast("dict[str, object]", entries)
@@ -145,12 +154,13 @@ def _metadata(path: Path | str, entry: object) -> dict[str, str]:
         raise _damaged(path, f"__metadata__ should be an object of strings, but it is {_short(entry)}")
     for key, value in cast("dict[str, object]", entry).items():
         if not isinstance(value, str):
-            raise _damaged(path, f"__metadata__ should be an object of strings, but {key!r} is {_short(value)}")
+            raise _damaged(path, f"__metadata__ should be an object of strings, but {_short(key)} is {_short(value)}")
     return cast("dict[str, str]", entry)
 
 
 def _tensor(path: Path | str, name: str, entry: object) -> tuple[TensorInfo, tuple[int, int]]:
     """One entry of the header, and where its bytes begin and end."""
+    check_name(path, name)
     values = cast("dict[str, object]", entry) if isinstance(entry, dict) else {}
     missing = [key for key in ("dtype", "shape", "data_offsets") if key not in values]
     if missing:

@@ -344,22 +344,3 @@ REPRS = {
 @pytest.mark.parametrize("expected", REPRS)
 def test_a_leaf_prints_its_options(expected: str) -> None:
     assert repr(REPRS[expected]()) == expected
-
-
-@pytest.mark.parametrize("options", [{"padding": 1}, {"stride": 2, "padding": (1, 0)}, {"dilation": 2, "padding": 2}])
-@pytest.mark.parametrize("size", [(8, 8), (3, 5), (40, 40)])
-def test_a_convolution_of_many_weights_equals_torch(options: dict[str, Any], size: tuple[int, int]) -> None:
-    """Of small pictures it is computed as a matrix product."""
-    torch.manual_seed(0)
-    ours, theirs = fl.Conv2d(384, 352, 3, **options), nn.Conv2d(384, 352, 3, **options)
-    theirs.load_state_dict(ours.state_dict())
-    x = torch.randn(2, 384, *size, requires_grad=True)
-    y = x.detach().clone().requires_grad_()
-    assert ours._is_faster_as_product(x) is (size != (40, 40))
-    ours_out, theirs_out = ours(x), theirs(y)
-    torch.testing.assert_close(ours_out, theirs_out, rtol=1e-4, atol=1e-5)
-    assert ours_out.is_contiguous()
-    ours_out.square().mean().backward()
-    theirs_out.square().mean().backward()
-    torch.testing.assert_close(x.grad, y.grad, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(ours.weight.grad, theirs.weight.grad, rtol=1e-4, atol=1e-6)

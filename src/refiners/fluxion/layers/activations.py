@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from refiners.fluxion.layers.lean import gelu_gated
 from refiners.fluxion.layers.module import Module, single_output
 
 
@@ -59,7 +60,7 @@ class GeLU(Activation):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.approximation is GeLUApproximation.SIGMOID:
-            return x * torch.sigmoid(1.702 * x)
+            return x * (1.702 * x).sigmoid_()
         return F.gelu(x, approximate=self.approximation.value)
 
     def extra_repr(self) -> str:
@@ -77,5 +78,16 @@ class GLU(Activation):
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[-1] % 2:
             raise ValueError(f"GLU halves the last dimension, which must be even, but got shape {tuple(x.shape)}")
+        if torch.is_grad_enabled() and x.requires_grad and self._has_plain_gelu():
+            return gelu_gated(x, self.activation.approximation.value)
         output, gate = x.chunk(2, dim=-1)
         return output * self.activation(gate)
+
+    def _has_plain_gelu(self) -> bool:
+        gelu = self.activation
+        return (
+            type(gelu) is GeLU
+            and gelu.approximation is not GeLUApproximation.SIGMOID
+            and not (gelu._forward_hooks or gelu._forward_pre_hooks or gelu._backward_hooks)
+            and not torch.compiler.is_compiling()
+        )

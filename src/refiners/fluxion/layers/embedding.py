@@ -18,3 +18,8 @@ class Embedding(nn.Embedding, WeightedModule):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(num_embeddings, embedding_dim, device=device, dtype=dtype)
+
+    def reset_parameters(self) -> None:
+        """As in torch; on the meta device nothing is done, for which torch would import its compiler."""
+        if not self.weight.is_meta:
+            super().reset_parameters()

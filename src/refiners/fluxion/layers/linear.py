@@ -1,6 +1,7 @@
 """Linear maps of the last dimension."""
 
 import itertools
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +10,35 @@ from torch.nn.functional import linear
 from refiners.fluxion.context import placed
 from refiners.fluxion.layers.activations import ReLU
 from refiners.fluxion.layers.chain import Chain
+from refiners.fluxion.layers.lean import can_run_frozen, run_frozen
 from refiners.fluxion.layers.module import WeightedModule, single_output
+
+# oneDNN's product, which torch takes of its own for half precision only. On an AMD CPU it took 0.8 to 0.95 of the time
+# of MKL's, at 16 to 2048 rows of 320 to 5120 features. It knows no gradients. None where torch was built without it.
+_ONEDNN: Any = getattr(getattr(torch.ops.mkldnn, "_linear_pointwise", None), "default", None)
+FEWEST_FEATURES = 256  # with fewer, to choose costs more than it saves
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Compute x W^T + b; in single precision on a CPU, where no gradient is wanted, by a faster kernel than torch's."""
+    if (
+        torch.is_grad_enabled()
+        or x.__class__ is not Tensor
+        or x.dtype != torch.float32
+        or not x.is_cpu
+        or x.ndim < 2
+        or weight.dtype != torch.float32
+        or weight.__class__ not in (Tensor, nn.Parameter)
+        or torch.compiler.is_compiling()
+        or torch.is_autocast_enabled("cpu")
+        or _ONEDNN is None
+    ):
+        return linear(x, weight, bias)
+    return _ONEDNN(x, weight, bias, "none", [], "")
+
+
+def _gradient(gradient: Tensor, weight: Tensor, size: torch.Size) -> Tensor:
+    return product(gradient, weight.t(), None)
 
 
 @single_output
@@ -37,7 +66,14 @@ class Linear(nn.Linear, WeightedModule):
             weight, bias = self._parameters["weight"], self._parameters["bias"]
         except KeyError:  # computed from other parameters (torch.nn.utils.parametrize)
             return super().forward(input)
-        return linear(input, weight, bias)  # pyright: ignore[reportArgumentType]
+        if self.in_features < FEWEST_FEATURES:
+            return linear(input, weight, bias)  # pyright: ignore[reportArgumentType]
+        if input.is_cpu and can_run_frozen(input, weight, bias):  # pyright: ignore[reportArgumentType]
+            return run_frozen(input, weight, self._multiply, _gradient)  # pyright: ignore[reportArgumentType]
+        return self._multiply(input)
+
+    def _multiply(self, input: Tensor) -> Tensor:
+        return product(input, self.weight, self.bias)
 
 
 class MultiLinear(Chain):

@@ -60,9 +60,9 @@ class Module(nn.Module):
             ):
                 return super().__call__(*args, **kwargs)
             return self.forward(*args, **kwargs)
-        except Exception as error:
+        except Exception:  # without a name: before Python 3.13 a frame that was looked into keeps what it knew by name
             if not torch.compiler.is_compiling():  # the compiler reports where it was itself
-                tree.add_location(error, self)
+                tree.add_location(self)
             raise
         finally:
             if self._contexts is not None:

@@ -15,9 +15,10 @@ from torch import Tensor
 from refiners.foundationals.clip.names import text_encoder_names
 from refiners.foundationals.latent_diffusion import autoencoder_names, diffusers_configs, unet_names
 from refiners.foundationals.latent_diffusion.specs import StableDiffusionSpec
-from refiners.weights.files import read_safetensors, read_torch, write_safetensors
+from refiners.weights.files import read_safetensors, write_safetensors
 from refiners.weights.matching import Shapes, match_all
 from refiners.weights.rules import Names
+from refiners.weights.torch_files import read_torch
 
 # The file of that name, relative to the folder, or None if there is none.
 Fetch = Callable[[str], Path | None]

@@ -5,18 +5,29 @@ print(lora_weights.patch(sd15, scale=1.0))
 lora_weights.eject()
 """
 
+from refiners.foundationals.latent_diffusion.lora_algebra import combine_loras, extract_lora, resize_lora, to_lora
+from refiners.foundationals.latent_diffusion.lora_comparison import LoraComparison, compare_loras
 from refiners.foundationals.latent_diffusion.lora_export import convert_lora, export_lora, save_lora
 from refiners.foundationals.latent_diffusion.lora_inspection import LoraInspection, inspect_lora
+from refiners.foundationals.latent_diffusion.lora_losses import LayerLoss, LoraLosses
 from refiners.foundationals.latent_diffusion.lora_report import AttachedUpdate, LoraReport
 from refiners.foundationals.latent_diffusion.lora_weights import LoraWeights
 
 __all__ = [
     "AttachedUpdate",
+    "LayerLoss",
+    "LoraComparison",
     "LoraInspection",
+    "LoraLosses",
     "LoraReport",
     "LoraWeights",
+    "combine_loras",
+    "compare_loras",
     "convert_lora",
     "export_lora",
+    "extract_lora",
     "inspect_lora",
+    "resize_lora",
     "save_lora",
+    "to_lora",
 ]

@@ -62,19 +62,18 @@ def convert_lora(
     Raises ValueError if not all of the file can be used with the model, or if values leave the range of `dtype`.
     """
     form = check_format(format)
-    updates = [
-        replace(update, tensors=_in_dtype(update, dtype)) for update in LoraWeights(source).read_for(model).updates
-    ]
+    updates = [in_dtype(update, dtype) for update in LoraWeights(source).read_for(model).updates]
     save_updates(target, updates, form)
     return len(updates)
 
 
-def _in_dtype(update: LoraUpdate, dtype: torch.dtype | None) -> dict[str, Tensor]:
+def in_dtype(update: LoraUpdate, dtype: torch.dtype | None) -> LoraUpdate:
+    """An update with its tensors in a dtype; None for their own. Raises ValueError if values leave its range."""
     if dtype is None:
-        return dict(update.tensors)
+        return update
     cast = {part: tensor.to(dtype) for part, tensor in update.tensors.items()}
     check_finite((f"in {dtype} the {part} of {update.name!r}", tensor) for part, tensor in cast.items())
-    return cast
+    return replace(update, tensors=cast)
 
 
 def _collect(model: Patchable, name: str | None, dtype: torch.dtype | None) -> list[LoraUpdate]:
@@ -102,8 +101,7 @@ def _update(layer: Layer | None, delta: Delta, dtype: torch.dtype | None) -> Lor
         _check_geometry(delta, place)
     ranked = delta if isinstance(delta, RankedDelta) else getattr(delta, "inner", None)
     alpha, rank = (ranked.alpha.item(), ranked.rank) if isinstance(ranked, RankedDelta) else (None, None)
-    update = LoraUpdate(place, place.path, kind, parts, alpha, rank)
-    return replace(update, tensors=_in_dtype(update, dtype))
+    return in_dtype(LoraUpdate(place, place.path, kind, parts, alpha, rank), dtype)
 
 
 def _check_geometry(lora: Conv2dLora, place: Place) -> None:

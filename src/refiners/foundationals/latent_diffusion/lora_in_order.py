@@ -63,7 +63,10 @@ def _targets(file: LoraFile, prefix: str, tree: fl.Chain, places: Mapping[int, P
     named = file.metadata.get(f"{prefix}_targets")
     if not named:
         raise ValueError(f"{file.path}: its layers have only numbers, and its header has no {prefix}_targets to tell")
-    for name in named.split(","):
+    names = named.split(",")
+    if len(names) > len(_CLASSES) + 1:
+        raise ValueError(f"{file.path}: {prefix}_targets names {len(names)} classes, but {len(_CLASSES) + 1} are known")
+    for name in names:
         if name != "self" and name not in _CLASSES:
             known = ", ".join(["self", *_CLASSES])
             raise ValueError(f"{file.path}: {prefix}_targets names {name!r:.80}, but known are {known}")

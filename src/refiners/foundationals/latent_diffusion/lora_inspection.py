@@ -5,11 +5,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 from refiners.foundationals.latent_diffusion.lora_places import Patchable, find_layers
 from refiners.foundationals.latent_diffusion.lora_report import AttachedUpdate, LoraReport, attached_update
 from refiners.foundationals.latent_diffusion.lora_weights import assign_updates, fitted_update
 from refiners.weights.formats import Identity, identify
-from refiners.weights.lora_keys import Kind, LeftOut, LoraFile, read_lora, split_key
+from refiners.weights.lora_keys import Kind, LeftOut, LoraFile, alpha_of, read_lora, split_key
 
 
 @dataclass(frozen=True)
@@ -18,6 +20,7 @@ class LoraInspection:
 
     kinds: of updates, and how many layers have each. ranks: how many layers have each.
     alphas: in increasing order; there are none where the strength of every layer is 1.
+    dtypes: how many tensors have each number format, alphas left out.
     report: what would attach to the model that was asked for; None if none was.
     """
 
@@ -26,6 +29,7 @@ class LoraInspection:
     kinds: Mapping[Kind, int] = field(default_factory=dict[Kind, int])
     ranks: Mapping[int, int] = field(default_factory=dict[int, int])
     alphas: tuple[float, ...] = ()
+    dtypes: Mapping[torch.dtype, int] = field(default_factory=dict[torch.dtype, int])
     report: LoraReport | None = None
 
     def __str__(self) -> str:
@@ -33,30 +37,35 @@ class LoraInspection:
         ranks = ", ".join(f"{rank} on {count}" for rank, count in sorted(self.ranks.items()))
         alphas = ", ".join(f"{alpha:g}" for alpha in self.alphas)
         lines = [f"{self.path}: {self.identity}", f"  {kinds or 'no updates'}"]
+        dtypes = ", ".join(f"{str(dtype).removeprefix('torch.')} in {count}" for dtype, count in self.dtypes.items())
+        lines += [f"  number formats: {dtypes} tensors"] if dtypes else []
         lines += [f"  ranks: {ranks}"] if ranks else []
         lines += [f"  alphas: {alphas or 'those of the ranks'}"] if kinds else []
         return "\n".join([*lines, *([f"  would do: {self.report}"] if self.report else [])])
 
 
 def inspect_lora(path: Path | str, model: Patchable | None = None) -> LoraInspection:
-    """Say what a LoRA file or adapter folder is: family, format, kinds, ranks and alphas.
+    """Say what a LoRA file or adapter folder is: family, format, kinds, number formats, ranks and alphas.
 
     Files are mapped into memory, so their weights are not read.
     model: to say also what would attach to it, and what not and why.
-    Raises ValueError if the file is damaged or no weights file, FileNotFoundError if there is none.
+    Raises ValueError if the file is damaged or no weights file, or has two updates of one layer of the model, FileNotFoundError if there is none.
     """
     file = read_lora(path)
     identity = identify({key: tuple(tensor.shape) for key, tensor in file.tensors.items()})
     kinds: dict[str, Kind] = {}
     ranks: dict[str, int] = {}
+    dtypes: Counter[torch.dtype] = Counter()
     alphas = {alpha for settings in file.settings.values() for alpha in (settings.alpha, *settings.alphas.values())}
     for key, tensor in file.tensors.items():
         found = split_key(key)
+        if found is not None and found.part == "alpha":
+            alphas.add(_alpha(file, key))
+            continue
+        dtypes[tensor.dtype] += 1
         if found is None:
             continue
-        if found.part == "alpha" and tensor.numel() == 1:
-            alphas.add(float(tensor.item()))
-        elif found.kind is not None and (found.kind is not Kind.LORA or found.layer not in kinds):
+        if found.kind is not None and (found.kind is not Kind.LORA or found.layer not in kinds):
             kinds[found.layer] = found.kind
         if found.part == "down" and tensor.ndim:
             ranks[found.layer] = tensor.shape[0]
@@ -66,8 +75,16 @@ def inspect_lora(path: Path | str, model: Patchable | None = None) -> LoraInspec
         kinds=Counter(kinds.values()),
         ranks=Counter(ranks.values()),
         alphas=tuple(sorted(alphas)),
+        dtypes=dtypes,
         report=None if model is None else _foresee(file, model),
     )
+
+
+def _alpha(file: LoraFile, key: str) -> float:
+    try:
+        return alpha_of(key, file.tensors[key])
+    except ValueError as error:
+        raise ValueError(f"{file.path}: {error}") from error
 
 
 def _foresee(file: LoraFile, model: Patchable) -> LoraReport:

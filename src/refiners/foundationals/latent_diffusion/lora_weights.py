@@ -84,7 +84,7 @@ class LoraWeights:
         with transaction():
             for update in contents.updates:
                 layer = layers[update.place.path]
-                parts = {part: self._placed(tensor, layer.module) for part, tensor in update.tensors.items()}
+                parts = self._placed(update, layer.module)
                 delta = make_delta(layer.module, _name_of(update, name), update.kind, parts, update.alpha, scale)
                 adapters.append(_adapter_for(layer.module, delta).inject(layer.parent))
                 attached.append(attached_update(update, delta.dtype))
@@ -141,8 +141,8 @@ class LoraWeights:
             raise ValueError(
                 f"{path}: {count} of {len(tensors)} keys cannot be used here, the first is {first}{advice}"
             )
-        check_finite(_values(path, contents.updates))
         updates = tuple(self._fitted(update, layers[update.place.path].module) for update in contents.updates)
+        check_finite(_values(path, updates))
         return replace(contents, updates=updates)
 
     def _fitted(self, update: LoraUpdate, layer: nn.Module) -> LoraUpdate:
@@ -151,10 +151,17 @@ class LoraWeights:
         except ValueError as error:
             raise ValueError(f"{self.file.path}: {update.name!r} cannot go to {update.place.path}: {error}") from error
 
-    def _placed(self, tensor: Tensor, layer: nn.Module) -> Tensor:
+    def _placed(self, update: LoraUpdate, layer: nn.Module) -> dict[str, Tensor]:
+        """The tensors where and in which number format the layer runs. Raises ValueError if values leave its range."""
         weight = cast(Tensor, layer.weight)
-        own = weight.dtype if weight.dtype in _COMPUTED else torch.float32
-        return tensor.to(self.device or weight.device, (self.dtype or own) if tensor.is_floating_point() else None)
+        dtype = self.dtype or (weight.dtype if weight.dtype in _COMPUTED else torch.float32)
+        placed: dict[str, Tensor] = {}
+        for part, tensor in update.tensors.items():
+            is_float = tensor.is_floating_point()
+            placed[part] = tensor.to(self.device or weight.device, dtype if is_float else None)
+            if is_float and torch.finfo(dtype).max < torch.finfo(tensor.dtype).max:
+                check_finite([(f"{self.file.path}: in {dtype} the {part} of {update.name!r}", placed[part])])
+        return placed
 
 
 def fitted_update(update: LoraUpdate, layer: nn.Module) -> LoraUpdate:

@@ -10,10 +10,11 @@ from torch import Tensor
 from refiners.foundationals.clip.names import SINGLE_FILE_PREFIX, text_encoder_names
 from refiners.foundationals.latent_diffusion import autoencoder_names, unet_names
 from refiners.foundationals.latent_diffusion.specs import StableDiffusionSpec
-from refiners.weights.files import read_safetensors, read_torch, write_safetensors
+from refiners.weights.files import read_safetensors, write_safetensors
 from refiners.weights.formats import identify
 from refiners.weights.matching import Shapes, match_all
 from refiners.weights.rules import Names
+from refiners.weights.torch_files import read_torch
 
 UNET, AUTOENCODER, TEXT_ENCODER = "model.diffusion_model", "first_stage_model", "cond_stage_model"
 FIRST_CONVOLUTION = f"{UNET}.input_blocks.0.0.weight"

@@ -59,7 +59,7 @@ _PARTS: dict[str, tuple[Kind | None, str]] = {
     "b_norm": (Kind.NORM, "bias"),
     "on_input": (Kind.IA3, "on_input"),
     "oft_blocks": (Kind.OFT, "blocks"),
-    "oft_diag": (Kind.OFT, "blocks"),
+    "oft_diag": (Kind.OFT, "diag"),
     "oft_R.weight": (Kind.OFT, "blocks"),
     "oft_R.*.weight": (Kind.OFT, "blocks"),
     "rescale": (Kind.OFT, "rescale"),

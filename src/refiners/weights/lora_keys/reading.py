@@ -6,9 +6,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from refiners.weights.files import read_safetensors, read_torch
+from refiners.weights.files import read_safetensors
 from refiners.weights.header import check_is_file, read_header
 from refiners.weights.lora_keys.settings import METADATA_KEY, Settings, parse_settings
+from refiners.weights.torch_files import is_torch_file, read_torch
 
 _MAX_SETTINGS_BYTES = 10_000_000
 _PEFT_SETTINGS = "adapter_config.json"
@@ -35,11 +36,7 @@ def read_lora(path: Path | str) -> LoraFile:
     path = Path(path)
     if path.is_dir():
         return _read_folder(path)
-    check_is_file(path)
-    with open(path, "rb") as file:
-        start = file.read(9)
-    # a safetensors header starts at the ninth byte, whatever its length in the first eight looks like
-    if start[8:] != b"{" and start.startswith((b"PK\x03\x04", b"\x80")):
+    if is_torch_file(path):
         return LoraFile(path, read_torch(path), {}, {})
     metadata = read_header(path).metadata
     text = metadata.get(METADATA_KEY)
@@ -71,6 +68,7 @@ def _read_folder(folder: Path) -> LoraFile:
 
 def _read_peft(folder: Path) -> LoraFile:
     path = folder / _PEFT_SETTINGS
+    check_is_file(path)
     if path.stat().st_size > _MAX_SETTINGS_BYTES:
         raise ValueError(f"{path}: settings of {path.stat().st_size} bytes; at most {_MAX_SETTINGS_BYTES} are accepted")
     settings = parse_settings(str(path), path.read_bytes().decode(errors="replace"))

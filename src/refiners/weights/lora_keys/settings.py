@@ -14,6 +14,7 @@ METADATA_KEY = "lora_adapter_metadata"  # where diffusers keeps peft's settings 
 
 # With these, the base was changed before training: the two factors alone are not what was learned.
 _CHANGES_BASE = re.compile(r"pissa|olora|corda|loftq", re.IGNORECASE)
+_LARGEST = 3e38  # alphas are saved in single precision
 _LITERAL = re.compile(r"\^?[\w.]+")
 
 
@@ -58,7 +59,7 @@ def parse_settings(where: str, text: str) -> dict[str, Settings]:
         prefix, _, setting = key.rpartition(".")
         groups.setdefault(prefix, {})[setting] = value
     return {
-        prefix: _settings(f"{where}, {prefix}" if prefix else where, values)
+        prefix: _settings(f"{where}, {prefix:.80}" if prefix else where, values)
         for prefix, values in groups.items()
         if values.get("lora_alpha") is not None
     }
@@ -68,7 +69,7 @@ def _settings(where: str, values: dict[str, object]) -> Settings:
     start = values.get("init_lora_weights")
     if isinstance(start, str) and _CHANGES_BASE.search(start):
         raise ValueError(
-            f"{where}: this LoRA was started by {start!r}, which changes the base model too; "
+            f"{where}: this LoRA was started by {start!r:.80}, which changes the base model too; "
             "convert it to a plain LoRA with peft (save_pretrained with path_initial_model_for_weight_conversion)"
         )
     alphas: dict[str, float] = {}
@@ -83,7 +84,7 @@ def _settings(where: str, values: dict[str, object]) -> Settings:
     return Settings(
         alpha=_number(where, "lora_alpha", values["lora_alpha"]),
         alphas=alphas,
-        is_rank_stabilised=bool(values.get("use_rslora")),
+        is_rank_stabilised=_boolean(where, "use_rslora", values.get("use_rslora")),
     )
 
 
@@ -94,6 +95,12 @@ def _object(where: str, name: str, value: object) -> dict[str, object]:
 
 
 def _number(where: str, name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _LARGEST:
         raise ValueError(f"{where}: {name} should be a finite number, but it is {value!r:.80}")
     return float(value)
+
+
+def _boolean(where: str, name: str, value: object) -> bool:
+    if value is not None and not isinstance(value, bool):
+        raise ValueError(f"{where}: {name} should be true or false, but it is {value!r:.80}")
+    return bool(value)

@@ -1,7 +1,7 @@
 """From the tensors of a file to the updates of layers, by name: every key gets a place, or a reason why not."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -13,6 +13,7 @@ from refiners.weights.lora_keys.settings import Settings
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _SHORT_FLOATS = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 # The parts that an update of a kind cannot do without: any of these sets will do.
 _NEEDED: dict[Kind, tuple[set[str], ...]] = {
     Kind.LORA: ({"down", "up"},),
@@ -23,7 +24,7 @@ _NEEDED: dict[Kind, tuple[set[str], ...]] = {
     ),
     Kind.GLORA: ({"a1", "a2", "b1", "b2"},),
     Kind.IA3: ({"l"}, {"weight", "on_input"}),
-    Kind.OFT: ({"blocks"},),
+    Kind.OFT: ({"blocks"}, {"diag"}),
     Kind.BOFT: ({"R", "s"},),
 }
 # Parts whose first dimension is the rank.
@@ -184,7 +185,7 @@ def _update(
     alpha, rank, used = None, _rank_of(kind, parts), set(keys.values())
     alpha_key = group.keys.get((None, "alpha"))
     if alpha_key is not None and kind in _WITH_ALPHA:
-        alpha = _alpha(alpha_key, tensors[alpha_key])
+        alpha = alpha_of(alpha_key, tensors[alpha_key])
         used.add(alpha_key)
     elif rank is not None:
         alpha = _alpha_of_settings(place, rank, settings)
@@ -199,10 +200,11 @@ def _rank_of(kind: Kind, parts: Mapping[str, Tensor]) -> int | None:
     return None
 
 
-def _alpha(key: str, tensor: Tensor) -> float:
-    if tensor.numel() != 1 or tensor.is_complex():
+def alpha_of(key: str, tensor: Tensor) -> float:
+    """The alpha that a file holds as a tensor. Raises ValueError if it is not one finite number."""
+    if tensor.numel() != 1 or tensor.dtype not in (*_FLOATS, *_SHORT_FLOATS, *_INTEGERS):
         raise ValueError(f"{key!r} should be one number, but it has shape {tuple(tensor.shape)} and is {tensor.dtype}")
-    value = float(tensor.item())
+    value = tensor.float().item()  # as it will be saved
     if not math.isfinite(value):
         raise ValueError(
             f"{key!r} is {value}, but an alpha must be finite; this file is damaged or its training failed"
@@ -250,7 +252,7 @@ def _fit_factors(update: LoraUpdate) -> dict[str, Tensor]:
     return {part: found.get(part, tensor) for part, tensor in update.tensors.items()}
 
 
-def check_finite(tensors: Iterator[tuple[str, Tensor]]) -> None:
+def check_finite(tensors: Iterable[tuple[str, Tensor]]) -> None:
     """Raises ValueError naming the first tensor that holds NaN or infinity."""
     for key, tensor in tensors:
         if tensor.is_meta:
