@@ -66,4 +66,4 @@ def test_waves_tell_every_position_apart_at_any_size() -> None:
 def test_pictures_obey_captions(split: Split) -> None:
     unet, lda, encoder = load_package()
     scores = evaluate(TextToLatents(unet, encoder), lda, count=60, split=split)
-    assert scores.things > 0.6 and scores.places > 0.7 and scores.background > 0.9, scores
+    assert scores.things > 0.8 and scores.places > 0.8 and scores.background > 0.95, scores

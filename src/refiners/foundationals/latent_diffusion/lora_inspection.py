@@ -49,7 +49,8 @@ def inspect_lora(path: Path | str, model: Patchable | None = None) -> LoraInspec
 
     Files are mapped into memory, so their weights are not read.
     model: to say also what would attach to it, and what not and why.
-    Raises ValueError if the file is damaged or no weights file, or has two updates of one layer of the model, FileNotFoundError if there is none.
+    Raises ValueError if the file is damaged or no weights file, or has two updates of one layer of the model,
+    FileNotFoundError if there is none.
     """
     file = read_lora(path)
     identity = identify({key: tuple(tensor.shape) for key, tensor in file.tensors.items()})

@@ -24,7 +24,7 @@ from refiners.solvers.schedule import signal_powers
 from refiners.training.pretraining.loop import Plan, reporter, train
 from refiners.weights.files import read_metadata, read_safetensors, write_safetensors
 
-PLAN = Plan(steps=3400, peak_rate=1e-3, averaging=0.999, decay=0.3)
+PLAN = Plan(steps=9400, peak_rate=1e-3, averaging=0.999, decay=0.3)
 BATCH_SIZE = 64
 SCENE_COUNT = 40_000
 TIMESTEP_POWER = 0.6  # what lies where is decided at high noise, and is harder than how it looks: more of that
