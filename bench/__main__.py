@@ -4,7 +4,7 @@ import sys
 
 import torch
 
-from bench import chains, deltas, diffusion, imports, loras, training
+from bench import adapters, chains, deltas, diffusion, imports, loras, training
 from bench.timing import print_rows
 
 SUITES = {
@@ -13,6 +13,7 @@ SUITES = {
     "deltas": deltas.rows,
     "imports": imports.rows,
     "diffusion": diffusion.rows,
+    "adapters": adapters.rows,
     "training": training.rows,
 }
 
