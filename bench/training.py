@@ -29,7 +29,7 @@ from refiners.training.recipes.lora import LoraConfig, inject_loras
 from refiners.training.recipes.text_to_image import BLOCKS, make_objective
 
 TIME_BOUND, MEMORY_BOUND = 0.9, 0.95
-SIZE, RANK, RATE, ROUNDS = 32, 16, 1e-4, 5
+SIZE, RANK, RATE, ROUNDS = 32, 16, 1e-4, 3
 MODES = {"plain": False, "gradient checkpointing": True}
 
 

@@ -17,6 +17,7 @@ FLOORS = {
     "solvers": 2,
     "foundationals": 3,
     "training": 4,
+    "training_utils": 5,
     "cli": 5,
     "studio": 5,
 }

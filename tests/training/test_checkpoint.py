@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from training_specimens import make_trainer, small_chain
+from training_specimens import Points, config, make_trainer, small_chain
 
 from refiners.training import Callback, ConfigError, Trainer, checkpoint
 from refiners.training.checkpoint import checkpoints, load_checkpoint, newest_checkpoint, pack, save_checkpoint, unpack
@@ -189,7 +189,30 @@ def test_a_changed_config_is_told_and_can_be_allowed(tmp_path: Path) -> None:
         tmp_path, optimizer={"learning_rate": 0.02}, checkpointing={"allow_changes": True, "keep": 5}
     )
     allowed.train()
-    assert len(losses.values) == 8
+    assert len(losses.values) == 8 and allowed.metrics["learning_rate"] == 0.02
+
+
+def test_rates_may_be_split_by_model_in_mid_training(tmp_path: Path) -> None:
+    models = {"unet": small_chain(), "text_encoder": small_chain()}
+
+    def loss(batch: tuple[Tensor, Tensor]) -> Tensor:
+        return (models["unet"](batch[0]) + models["text_encoder"](batch[0]) - batch[1]).square().mean()
+
+    changes: list[tuple[int, dict[str, Any]]] = [(3, {}), (6, {"text_encoder_learning_rate": 0.001}), (9, {})]
+    for steps, rates in changes:
+        settings = config(
+            tmp_path,
+            training={"duration": f"{steps}:step"},
+            optimizer={"learning_rate": 0.01, **rates},
+            checkpointing={"allow_changes": True},
+        )
+        trainer = Trainer(models, loss, Points(), settings)
+        trainer.train()
+        found = {
+            name: float(trainer.optimizer.state[each]["step"]) for name, each in trainer.weights.parameters.items()
+        }
+        assert set(found.values()) == {float(steps)} and len(found) == 8
+        assert trainer.metrics.get("text_encoder_learning_rate") == rates.get("text_encoder_learning_rate")
 
 
 def test_changed_data_is_told(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The commands and the configs as shipped: one line to train, the same line to go on, one line for a mistake."""
 
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -16,6 +17,17 @@ SCRIPTS = {
     "dreambooth.toml": "dreambooth.py",
     "textual-inversion.toml": "textual-inversion.py",
 }
+
+GOOD = """
+recipe = "lora"
+[training]
+duration = "1:step"
+{}
+[dataset]
+folder = "pictures"
+[checkpointing]
+save_folder = "out"
+"""
 
 
 def test_every_config_has_its_script_and_every_recipe_a_config() -> None:
@@ -58,6 +70,8 @@ def test_a_config_trains_as_shipped_but_on_a_small_model_and_shortly(
     [
         (None, "FileNotFoundError: .*there is no such config file"),
         ('recipe = "lora"\n[training]\nduration = 1', "ConfigError: .*training.duration: 1 is no period"),
+        (GOOD.format('device = "cuda:99"'), "ValueError: device = 'cuda:99' means GPU 99, but this machine has"),
+        (GOOD.format('device = "gpu"'), "ValueError: device = 'gpu' is none; write"),
         ('recipe = "finetune"\n', "recipe = 'finetune': it should be 'lora'"),
     ],
 )
@@ -70,7 +84,5 @@ def test_a_mistake_is_a_message_and_not_a_traceback(
     with pytest.raises(SystemExit) as caught:
         main([str(path)], recipe="lora")
     assert caught.value.code == 1
-    import re
-
     error = capsys.readouterr().err
     assert re.search(message, error) and "Traceback" not in error

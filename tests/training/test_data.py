@@ -1,6 +1,8 @@
 """Pictures, captions, buckets and caches: what is read, what is refused, and what is the same every time."""
 
+import errno
 import json
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -116,6 +118,28 @@ def test_a_broken_picture_stops_or_is_left_out(tmp_path: Path) -> None:
         assert len(latents(TensorCache(None))[0].items(pictures, "skip")) == 2
     with pytest.raises(DataError, match="none of the 1 pictures can be read"), pytest.warns(DataWarning):
         latents(TensorCache(None))[0].items(pictures[1:2], "skip")
+
+
+def test_a_file_that_is_gone_or_in_no_known_format_is_a_broken_picture(tmp_path: Path) -> None:
+    write_pictures(tmp_path, 3)
+    (tmp_path / "01.png").write_bytes(b"no picture")
+    pictures = read_folder(tmp_path)
+    (tmp_path / "02.png").unlink()
+    for place, message in ((1, r"01\.png: this is no picture in a known format"), (2, r"02\.png: it cannot be read")):
+        with pytest.raises(DataError, match=message):
+            latents(TensorCache(None))[0].items(pictures[place:], "stop")
+    with pytest.warns(DataWarning, match="2 of 3 pictures"):
+        assert len(latents(TensorCache(None))[0].items(pictures, "skip")) == 1
+
+
+def test_a_full_disk_is_not_taken_for_a_broken_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(path: Path, tensors: dict[str, Tensor]) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(cache_module, "write_safetensors", fail)
+    pictures = read_folder(write_pictures(tmp_path / "pictures", 1))
+    with pytest.raises(OSError, match="No space left on device"):
+        latents(TensorCache(tmp_path / "cache"))[0].items(pictures, "skip")
 
 
 def test_latents_are_worked_out_once_and_kept_on_disk(tmp_path: Path) -> None:

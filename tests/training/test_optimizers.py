@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from refiners.training.config import OptimizerConfig, SchedulerConfig
-from refiners.training.optimizers import OPTIMIZERS, make_optimizer
+from refiners.training.optimizers import OPTIMIZERS, groups_by_rate, make_optimizer
 from refiners.training.schedules import rate_factor, set_learning_rate
+from refiners.training.settings import ConfigError
 
 
 def weight() -> nn.Parameter:
@@ -76,3 +77,23 @@ def test_a_factor_is_of_the_rate_that_each_group_was_made_with() -> None:
     for factor in (0.1, 0.5):
         set_learning_rate(optimizer, factor)
     assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.05]
+
+
+def test_a_model_with_a_rate_of_its_own_is_a_group_of_its_own() -> None:
+    parameters = {name: weight() for name in ("unet.a", "text_encoder.b", "unet.c", "text_encoder.d")}
+    common, own = groups_by_rate(parameters, {"text_encoder": 0.1})
+    assert list(map(id, common["params"])) == [id(parameters[name]) for name in ("unet.a", "unet.c")]
+    assert list(map(id, own["params"])) == [id(parameters[name]) for name in ("text_encoder.b", "text_encoder.d")]
+    optimizer = make_optimizer("SGD", [common, own], 0.5)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.1]
+    (together,) = groups_by_rate(parameters, {"text_encoder": None})
+    assert list(map(id, together["params"])) == list(map(id, parameters.values()))
+    (alone,) = groups_by_rate({"text_encoder.b": parameters["text_encoder.b"]}, {"text_encoder": 0.1})
+    assert alone["lr"] == 0.1
+
+
+def test_a_rate_for_a_model_that_does_not_train_is_an_error() -> None:
+    with pytest.raises(
+        ConfigError, match=r"optimizer\.text_encoder_learning_rate = 0\.1, but no parameter of text_encoder"
+    ):
+        groups_by_rate({"unet.a": weight()}, {"text_encoder": 0.1})

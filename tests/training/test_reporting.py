@@ -68,15 +68,13 @@ def test_numbers_and_pictures_are_in_tensorboards_files(tmp_path: Path) -> None:
     assert [event.step for event in events.Images("samples/0")] == [5, 10]
 
 
-def test_a_missing_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ModuleNotFoundError, match="pip install wandb"):
         WeightsAndBiases(WandbConfig(mode="offline"))
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    trainer, _ = make_trainer(tmp_path)
-    trainer.callbacks.append(TensorBoard())
     with pytest.raises(ModuleNotFoundError, match=r"pip install tensorboard, or set logging\.tensorboard = false"):
-        trainer.train()
+        TensorBoard()
 
 
 class FakeRun:
@@ -91,21 +89,26 @@ class FakeRun:
         self.code = exit_code
 
 
-def test_weights_and_biases_get_every_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run, given = FakeRun(), dict[str, Any]()
+def test_weights_and_biases_get_every_number_in_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, given = FakeRun(), list[dict[str, Any]]()
 
     class Library:
         @staticmethod
         def init(**arguments: Any) -> FakeRun:
-            given.update(arguments)
+            given.append(arguments)
             return run
 
     monkeypatch.setitem(sys.modules, "wandb", Library)  # type: ignore[arg-type]
-    trainer, losses = make_trainer(tmp_path)
-    trainer.callbacks.append(WeightsAndBiases(WandbConfig(mode="offline", project="p")))
-    trainer.train()
-    assert (given["project"], given["mode"], given["config"]["training"]["batch_size"]) == ("p", "offline", 4)
-    assert [values["train/loss"] for values, _ in run.logged] == losses.values and run.code == 0
+    expected: list[float] = []
+    for folder, steps in (("a", 5), ("a", 10), ("b", 10)):
+        trainer, losses = make_trainer(tmp_path / folder, training={"duration": f"{steps}:step"})
+        trainer.callbacks.append(WeightsAndBiases(WandbConfig(mode="offline", project="p")))
+        trainer.train()
+        expected += losses.values
+    first = given[0]
+    assert (first["project"], first["mode"], first["config"]["training"]["batch_size"]) == ("p", "offline", 4)
+    assert [values["train/loss"] for values, _ in run.logged] == expected and run.code == 0
+    assert given[0]["id"] == given[1]["id"] != given[2]["id"]
 
 
 def test_memory_is_of_this_process() -> None:

@@ -4,6 +4,7 @@ from refiners.training.clock import Clock, Period, Unit
 from refiners.training.config import TrainerConfig
 from refiners.training.distributed import Process, joined
 from refiners.training.guard import NonFiniteError
+from refiners.training.interruption import TrainingInterrupted
 from refiners.training.losses import DiffusionLoss
 from refiners.training.recomputation import recompute
 from refiners.training.settings import ConfigError, Section
@@ -22,6 +23,7 @@ __all__ = [
     "Section",
     "Trainer",
     "TrainerConfig",
+    "TrainingInterrupted",
     "Unit",
     "find_targets",
     "joined",

@@ -5,16 +5,23 @@ import sys
 from collections.abc import Sequence
 
 from refiners.training.guard import NonFiniteError
+from refiners.training.interruption import TrainingInterrupted
 from refiners.training.recipes.registry import train
 
 
 def main(arguments: Sequence[str] | None = None, recipe: str | None = None) -> None:
-    """Train as the config says that the arguments name. Exits with 1 and a message where it cannot go on."""
+    """Train as the config says that the arguments name.
+
+    Exits with a message: with 1 where it cannot go on, with 130 after Ctrl-C, with 143 after SIGTERM.
+    """
     parser = argparse.ArgumentParser(description="Train as a TOML file says; the same command again goes on.")
     parser.add_argument("config", help="a TOML file; examples are in configs/")
     path = parser.parse_args(arguments).config
     try:
         train(path, recipe)
+    except TrainingInterrupted as stop:
+        print(stop, file=sys.stderr)
+        sys.exit(128 + stop.number)
     except KeyboardInterrupt:
         print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)

@@ -57,10 +57,12 @@ class OptimizerConfig(Section):
     """The section `[optimizer]`: None leaves a value to the optimizer's own default.
 
     learning_rate: of Prodigy it is a factor, 1 as a rule.
+    text_encoder_learning_rate: of the text encoder, where it trains too; None for `learning_rate`.
     """
 
     optimizer: str = "AdamW"
     learning_rate: float = Field(default=1e-4, gt=0)
+    text_encoder_learning_rate: float | None = Field(default=None, gt=0)
     betas: tuple[float, float] | None = None
     eps: float | None = Field(default=None, ge=0)
     weight_decay: float | None = Field(default=None, ge=0)

@@ -37,6 +37,14 @@ class Process:
         dist.all_reduce(total)
         return total / self.count
 
+    def largest(self, number: int) -> int:
+        """The largest of a number over the processes."""
+        if self.count == 1:
+            return number
+        found = torch.tensor(number, device=self.device)
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return int(found.item())
+
     def gather(self, value: Any) -> list[Any]:
         """A value of each process, by rank."""
         if self.count == 1:
@@ -56,7 +64,7 @@ def joined(device: str = "auto") -> Generator[Process]:
     """Join the processes that `torchrun` started, if it did.
 
     device: "auto" is the GPU of this process if there is one, else the CPU.
-    Raises RuntimeError if the device is not there.
+    Raises ValueError if the device is not there.
     """
     place = _choose_device(device, int(os.environ.get("LOCAL_RANK", 0)))
     count = int(os.environ.get("WORLD_SIZE", 1))
@@ -100,12 +108,15 @@ def copy_whole(target: Tensor, source: Tensor) -> None:
 def _choose_device(wanted: str, local_rank: int) -> torch.device:
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(wanted)
+    try:
+        device = torch.device(wanted)
+    except RuntimeError as error:
+        raise ValueError(f'device = {wanted!r} is none; write "auto", "cpu", "cuda" or "cuda:1"') from error
     if device.type != "cuda":
         return device
     index = device.index if ":" in wanted else local_rank
     if index >= torch.cuda.device_count():
-        raise RuntimeError(
+        raise ValueError(
             f"device = {wanted!r} means GPU {index}, but this machine has {torch.cuda.device_count()}; start fewer "
             "processes or choose another device"
         )

@@ -1,6 +1,7 @@
 """What a training tells: a progress bar or lines, TensorBoard files, Weights & Biases."""
 
 import importlib
+import secrets
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -100,18 +101,20 @@ class ProgressLines(Callback):
 
 
 class TensorBoard(Callback):
-    """Writes numbers and pictures to `<save_folder>/logs`."""
+    """Writes numbers and pictures to `<save_folder>/logs`. Raises ModuleNotFoundError if it is not installed."""
 
-    def on_train_begin(self, trainer: Trainer) -> None:
-        """Open the file. Raises ModuleNotFoundError if TensorBoard is not installed."""
+    def __init__(self) -> None:
         try:
-            writers: Any = importlib.import_module("torch.utils.tensorboard")
+            self.writers: Any = importlib.import_module("torch.utils.tensorboard")
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(
                 "logs need TensorBoard: pip install tensorboard, or set logging.tensorboard = false"
             ) from error
+
+    def on_train_begin(self, trainer: Trainer) -> None:
+        """Open the file."""
         # what a run that was killed logged beyond its last checkpoint is dropped
-        self.writer = writers.SummaryWriter(trainer.folder / "logs", purge_step=trainer.clock.step + 1)
+        self.writer = self.writers.SummaryWriter(trainer.folder / "logs", purge_step=trainer.clock.step + 1)
 
     def on_log(self, trainer: Trainer, values: Mapping[str, float]) -> None:
         """Write numbers."""
@@ -134,7 +137,7 @@ class TensorBoard(Callback):
 
 
 class WeightsAndBiases(Callback):
-    """Sends numbers and pictures to Weights & Biases."""
+    """Sends numbers and pictures to Weights & Biases. Raises ModuleNotFoundError if it is not installed."""
 
     def __init__(self, config: WandbConfig) -> None:
         self.config = config
@@ -147,7 +150,13 @@ class WeightsAndBiases(Callback):
 
     def on_train_begin(self, trainer: Trainer) -> None:
         """Open a run, the same one when a training is resumed."""
+        known = trainer.folder / "wandb-run.txt"
+        if trainer.clock.step == 0 or not known.exists():
+            trainer.folder.mkdir(parents=True, exist_ok=True)
+            known.write_text(secrets.token_hex(4))
         self.run = self.wandb.init(
+            id=known.read_text(),
+            resume="allow",
             project=self.config.project,
             entity=self.config.entity,
             mode=self.config.mode,

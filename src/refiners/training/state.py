@@ -11,6 +11,8 @@ from refiners.training.config import FREE_TO_CHANGE
 from refiners.training.distributed import spread_as, whole
 from refiners.training.settings import ConfigError, differences
 
+_SETTINGS = ("lr", "betas", "eps", "weight_decay", "momentum")
+
 
 def optimizer_state(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Any]:
     """The state of each parameter, and the settings of each group with the names of its parameters."""
@@ -28,17 +30,22 @@ def optimizer_state(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]
 def load_optimizer_state(
     optimizer: Optimizer, parameters: Mapping[str, nn.Parameter], saved: Mapping[str, Any]
 ) -> None:
-    """Undo `optimizer_state`, on as many processes as there are now."""
-    order = [name for group in saved["groups"] for name in group["params"]]
-    places = {name: index for index, name in enumerate(order)}
-    states: dict[int, dict[str, Any]] = {}
+    """Undo `optimizer_state`, on as many processes as there are now; what a config sets stays as it is now."""
+    states: dict[str, dict[str, Any]] = {}
     for name, each in saved["states"].items():
         reference = parameters[name]
-        states[places[name]] = {
+        states[name] = {
             key: spread_as(value, reference) if isinstance(value, Tensor) and value.shape == reference.shape else value
             for key, value in each.items()
         }
-    groups = [{**group, "params": [places[name] for name in group["params"]]} for group in saved["groups"]]
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    homes = {name: group for group in saved["groups"] for name in group["params"]}
+    groups: list[dict[str, Any]] = []
+    for group in optimizer.param_groups:
+        inside = [names[id(parameter)] for parameter in group["params"]]
+        set_now = {key: group[key] for key in _SETTINGS if key in group}
+        groups.append({**homes[inside[0]], **set_now, "initial_lr": group["lr"], "params": inside})
+    # torch goes by the order of the parameters, and takes anything for what they are called
     optimizer.load_state_dict({"state": states, "param_groups": groups})
 
 

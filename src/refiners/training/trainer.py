@@ -21,12 +21,13 @@ from torch.nn.parallel import DistributedDataParallel
 from refiners.fluxion.utils import manual_seed
 from refiners.training import state
 from refiners.training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
-from refiners.training.clock import Clock
+from refiners.training.clock import Clock, Period
 from refiners.training.config import TrainerConfig
 from refiners.training.distributed import Process, copy_whole, shard, whole
 from refiners.training.ema import RunningMean
 from refiners.training.guard import NonFiniteError, find_culprit
-from refiners.training.optimizers import make_optimizer
+from refiners.training.interruption import Interruption, TrainingInterrupted
+from refiners.training.optimizers import groups_by_rate, make_optimizer
 from refiners.training.prefetch import Prefetch
 from refiners.training.randomness import apart, get_randomness, mix, set_randomness
 from refiners.training.schedules import rate_factor, set_learning_rate
@@ -146,8 +147,9 @@ class Trainer:
     def train(self) -> None:
         """Train to the end, from the newest checkpoint if there is one.
 
-        Raises NonFiniteError if the loss or a gradient is NaN or infinite, OSError if a checkpoint cannot be saved,
-        ConfigError if the checkpoint was made with other settings.
+        On SIGINT (Ctrl-C) or SIGTERM it ends the step, saves a checkpoint and raises TrainingInterrupted; on a second
+        one it stops at once. Raises NonFiniteError if the loss or a gradient is NaN or infinite, OSError if a
+        checkpoint cannot be saved, ConfigError if the checkpoint was made with other settings.
         """
         error: BaseException | None = None
         try:
@@ -156,10 +158,15 @@ class Trainer:
                 self._prepare()
                 self._resume()
                 prefetch = stack.enter_context(Prefetch(self._fetch))
+                interruption = stack.enter_context(Interruption())
                 self._emit("on_train_begin")
                 while self.clock.step < self.total_steps:
                     self._step(prefetch)
-                    self._after_step()
+                    number = self.process.largest(interruption.number or 0)
+                    is_interrupted = number > 0 and self.clock.step < self.total_steps
+                    self._after_step(is_interrupted)
+                    if is_interrupted:
+                        raise TrainingInterrupted(self.clock.step, number, self.checkpoint_folder)
                 with self.mean_weights():
                     self._emit("on_train_end")
         except BaseException as raised:
@@ -190,20 +197,26 @@ class Trainer:
         self.clock.step += 1
         if self.ema is not None:
             self.ema.update(self._parameters, self.clock.step)
-        rate = float(self.optimizer.param_groups[0]["lr"])
-        self.metrics = {"loss": numbers[0], "learning_rate": rate, "gradient_norm": numbers[1]}
+        rates = [float(group["lr"]) for group in self.optimizer.param_groups]
+        self.metrics = {"loss": numbers[0], "learning_rate": rates[0], "gradient_norm": numbers[1]}
+        if len(rates) > 1:
+            self.metrics["text_encoder_learning_rate"] = rates[1]
 
-    def _after_step(self) -> None:
+    def _after_step(self, is_interrupted: bool) -> None:
+        """An interrupted training is saved, and not evaluated, which can take longer than a machine waits."""
         training, clock = self.config.training, self.clock
-        is_last = clock.step == self.total_steps
+
+        def is_due(interval: Period | None) -> bool:
+            return interval is not None and (clock.is_due(interval) or clock.step == self.total_steps)
+
         self._emit("on_step_end")
-        if clock.is_due(training.log_interval) or is_last:
+        if is_due(training.log_interval):
             self.log({f"train/{name}": value for name, value in self.metrics.items()})
         if clock.has_ended_epoch:
             self._emit("on_epoch_end")
-        if training.evaluation_interval is not None and (clock.is_due(training.evaluation_interval) or is_last):
+        if is_due(training.evaluation_interval) and not is_interrupted:
             self.evaluate()
-        if clock.is_due(self.config.checkpointing.save_interval) or is_last:
+        if is_due(self.config.checkpointing.save_interval) or is_interrupted:
             self.save()
             self._emit("on_checkpoint")
 
@@ -291,9 +304,9 @@ class Trainer:
             devices = [self.process.device] if self.process.device.type == "cuda" else None
             self._objective = DistributedDataParallel(self._objective, device_ids=devices)
         self._parameters = self.weights.parameters
-        settings = optimizer.model_dump(exclude={"optimizer", "learning_rate"})
-        parameters = list(self._parameters.values())
-        self.optimizer = make_optimizer(optimizer.optimizer, parameters, optimizer.learning_rate, **settings)
+        settings = optimizer.model_dump(exclude={"optimizer", "learning_rate", "text_encoder_learning_rate"})
+        groups = groups_by_rate(self._parameters, {"text_encoder": optimizer.text_encoder_learning_rate})
+        self.optimizer = make_optimizer(optimizer.optimizer, groups, optimizer.learning_rate, **settings)
         if hasattr(self.optimizer, "train"):  # schedule-free ones have two modes
             cast(Any, self.optimizer).train()
         self._scaler = torch.amp.GradScaler(self.process.device.type, enabled=training.precision == "float16")

@@ -93,7 +93,7 @@ class LatentCache:
         for number, picture in enumerate(pictures, start=1):
             try:
                 items.append(self._item(picture))
-            except (DataError, OSError) as error:
+            except DataError as error:
                 if on_bad_item == "stop":
                     raise DataError(f'{error}; mend it, or set dataset.on_bad_item = "skip"') from error
                 broken.append(picture.name)
@@ -107,13 +107,12 @@ class LatentCache:
     def fill(self, pictures: Sequence[Picture]) -> None:
         """Put latents into the cache; pictures that cannot be read are passed over."""
         for picture in pictures:
-            with suppress(DataError, OSError):
+            with suppress(DataError):
                 self._item(picture)
 
     def _item(self, picture: Picture) -> Item:
-        content = picture.read()
-        mask = picture.mask() if picture.mask else b""
-        key = key_of(content, mask, self.encoder, repr(self.sizes), self.factor)
+        mask = _content(picture.mask, f"the mask of {picture.name}") if picture.mask else b""
+        key = key_of(_content(picture.read, picture.name), mask, self.encoder, repr(self.sizes), self.factor)
 
         def read(is_flipped: bool) -> dict[str, Tensor]:
             return self.cache.get(f"{key}{'f' if is_flipped else ''}", lambda: self._encode(picture, is_flipped))
@@ -192,6 +191,13 @@ def _collate(samples: Sequence[dict[str, Any]]) -> DiffusionBatch:
         columns["masks"] = [whole if mask is None else mask for mask in masks]
     texts: list[str] = columns.pop("texts")
     return DiffusionBatch(**{name: torch.stack(values) for name, values in columns.items()}, texts=texts)
+
+
+def _content(read: Callable[[], bytes], name: str) -> bytes:
+    try:
+        return read()
+    except OSError as error:
+        raise DataError(f"{name}: it cannot be read ({error})") from error
 
 
 def _pixels(image: Image.Image, is_flipped: bool) -> Tensor:

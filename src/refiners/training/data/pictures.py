@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 OnBadItem = Literal["stop", "skip"]
@@ -52,6 +52,8 @@ def decode(content: bytes, name: str, mode: str = "RGB") -> Image.Image:
             upright = upright.convert("RGBA")
             upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)
         return upright.convert(mode)
+    except UnidentifiedImageError as error:
+        raise DataError(f"{name}: this is no picture in a known format") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"{name}: this is no picture that can be read ({error})") from error
 

@@ -19,6 +19,7 @@ from refiners.training.data.latents import DiffusionBatch, Item, LatentBatches, 
 from refiners.training.data.pictures import Picture, read_folder, read_hub, with_captions
 from refiners.training.distributed import Process
 from refiners.training.losses import DiffusionLoss
+from refiners.training.optimizers import find_optimizer
 from refiners.training.recipes.config import TextToImageConfig
 from refiners.training.recipes.samples import SaveResult, SaveSamples
 from refiners.training.recomputation import recompute
@@ -80,7 +81,8 @@ def train(
     callbacks: Sequence[Callback] = (),
 ) -> Trainer:
     """Train what a recipe chose on pictures with captions, and save it."""
-    loss = _make_loss(config, sd)
+    loss, reporters = _make_loss(config, sd), make_reporters(config, process)
+    find_optimizer(config.optimizer.optimizer)  # what is not installed is told before the latents are made
     dropped = config.latent_diffusion.unconditional_sampling_probability
     captions = replace(choice.captions, drop_probability=dropped)
     items = _prepare_items(config, sd, pictures, process)
@@ -108,7 +110,7 @@ def train(
         trained=choice.parameters,
         held_out=LatentBatches(held_out, size, test_rule, encode_text) if held_out else None,
         callbacks=[
-            *make_reporters(config, process),
+            *reporters,
             SaveSamples(sd, config.test_diffusion),
             SaveResult(choice.save, choice.saves_often),
             *callbacks,

@@ -1,0 +1,3 @@
+"""The name that `refiners.training` had before."""
+
+from refiners.training import *  # noqa: F403
