@@ -1,6 +1,9 @@
 """Errors in a tree: they keep their type, and one note says where they happened, with what, and what does not fit."""
 
+import gc
+import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -78,6 +81,19 @@ def test_running_out_of_memory_can_be_caught_and_the_call_tried_again() -> None:
         output = torch.cat([tree(part) for part in rows(4, 4).split(2)])
     assert torch.equal(output, rows(4, 4) * 2)
     assert calls == [4, 2, 2]
+
+
+def test_what_came_into_a_failed_call_is_given_back_with_its_error() -> None:
+    chain, x = fl.Chain(fl.Linear(4, 4), fl.Chain(fl.Linear(3, 3))), torch.randn(2, 4)
+    place = weakref.ref(x)
+    gc.disable()  # a circle of references would keep it until the next collection
+    try:
+        with suppress(RuntimeError):
+            chain(x)
+        del x
+        assert place() is None
+    finally:
+        gc.enable()
 
 
 def test_the_message_and_cause_of_an_error_of_torch_are_untouched() -> None:

@@ -63,7 +63,7 @@ class Conv2d(nn.Conv2d, WeightedModule):
             super().reset_parameters()
 
     def forward(self, input: Tensor) -> Tensor:
-        if can_run_frozen(input, self.weight, self.bias) and self._has_plain_padding():
+        if input.ndim == 4 and can_run_frozen(input, self.weight, self.bias) and self._has_plain_padding():
             return run_frozen(input, self.weight, self._convolve, self._gradient)
         return self._convolve(input)
 

@@ -31,6 +31,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         or weight.__class__ not in (Tensor, nn.Parameter)
         or torch.compiler.is_compiling()
         or torch.is_autocast_enabled("cpu")
+        or torch._C._are_functorch_transforms_active()
         or _ONEDNN is None
     ):
         return linear(x, weight, bias)
