@@ -27,17 +27,19 @@ def test_a_sum_has_the_ranks_of_all_and_weights_of_the_arguments(folder: Path, l
     torch.testing.assert_close(stored[key] @ stored[down], expected)
 
 
+@pytest.mark.slow
 def test_a_smaller_rank_says_what_it_loses(folder: Path, lora: Path) -> None:
     options = ["--rank", "1", "--model", folder, "--half"]
     for command in ("resize", "to-lora"):
         output = succeed("lora", command, lora, "small.safetensors", *options)
         assert "rank 1; lost " in output and " % in all, the most at unet." in output
-    assert load_file("small.safetensors").popitem()[1].dtype in (torch.float16, torch.float32)
-    assert "nothing" not in output
+    stored = load_file("small.safetensors")
+    assert {tensor.dtype for key, tensor in stored.items() if not key.endswith("alpha")} == {torch.float16}
     assert "rank" in succeed("lora", "combine", lora, "folder", "--to", "peft", *options)
     assert Path("folder/adapter_config.json").exists()
 
 
+@pytest.mark.slow
 def test_extraction_finds_the_lora_of_two_folders(folder: Path, lora: Path) -> None:
     tuned = StableDiffusion_1.from_pretrained(folder)
     loras = Loras(tuned, {})

@@ -13,6 +13,8 @@ from refiners.adapters.delta import Scale
 from refiners.adapters.rotation import Rotation, cayley
 from refiners.weights.lora_keys.kinds import Kind
 
+_USUAL_TERMS = 5  # of peft's series
+
 
 class Oft(Rotation):
     """OFT as in LyCORIS and kohya's scripts: blocks of outputs turn by Rᵀ, where R is of Q = blocks - blocksᵀ (Cayley).
@@ -122,8 +124,8 @@ class InputOft(Rotation):
 
     blocks: (n, rank * (rank - 1) / 2), for a convolution of the inputs with their kernels; or (1, ...), for all blocks
         alike.
-    terms: of the series I + 2 Q + 2 Q² + ..., the last with 1 in the place of 2, that peft has for R unless its setting
-        `use_cayley_neumann` says no; None for that, which turns the other way round, by Rᵀ.
+    terms: of the series I + 2 Q + 2 Q² + ..., the last with 1 in the place of 2, that peft has for R: 5 if not given,
+        as peft has them; 0 if its setting `use_cayley_neumann` says no, which turns the other way round, by Rᵀ.
 
     Peft's own forward pass of a convolution with a kernel is no update of its weight; this is what it merges.
     """
@@ -132,18 +134,19 @@ class InputOft(Rotation):
     reads_output = False
     part_names = ("blocks",)
     blocks: Tensor
+    terms: Tensor | None
 
     def __init__(
-        self,
-        layer: nn.Module,
-        name: str,
-        parts: Mapping[str, Tensor],
-        alpha: float | None = None,
-        scale: Scale = 1.0,
-        terms: int | None = 5,
+        self, layer: nn.Module, name: str, parts: Mapping[str, Tensor], alpha: float | None = None, scale: Scale = 1.0
     ) -> None:
-        super().__init__(layer, name, parts, alpha, scale)
-        self.terms = terms
+        others = {part: tensor for part, tensor in parts.items() if part != "terms"}
+        super().__init__(layer, name, others, alpha, scale)
+        self.register_buffer("terms", parts.get("terms"))
+        self._terms = _USUAL_TERMS if self.terms is None or self.terms.is_meta else int(self.terms)
+
+    def parts(self) -> dict[str, Tensor]:
+        """The blocks, and the terms if they were given."""
+        return super().parts() | ({} if self.terms is None else {"terms": self.terms})
 
     @property
     def rank(self) -> int:
@@ -156,7 +159,7 @@ class InputOft(Rotation):
         upper = blocks.new_zeros(blocks.shape[0], self.rank, self.rank)
         upper = upper.index_put((torch.arange(len(blocks), device=self.device)[:, None], rows, columns), blocks)
         angles = upper - upper.mT
-        turns = cayley(-angles) if self.terms is None else _series(angles, self.terms)
+        turns = _series(angles, self._terms) if self._terms else cayley(-angles)
         count = self.shape[1:].numel() // self.rank
         return turns.expand(count, -1, -1).unsqueeze(0)
 

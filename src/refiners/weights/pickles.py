@@ -41,7 +41,7 @@ def check_pickles(path: Path | str, content: bytes, count: int) -> None:
             raise unreadable(path, f"its pickle is damaged: {error}") from error
         if problem is not None:
             raise ValueError(
-                f"{path}: refused, since this file wants {problem} and a file of weights needs no such thing; "
+                f"{path}: refused, since this file wants {_escaped(problem)} and a file of weights needs none; "
                 "ask its author for safetensors, or convert it where you can trust it"
             )
 
@@ -49,9 +49,14 @@ def check_pickles(path: Path | str, content: bytes, count: int) -> None:
 def unreadable(path: Path | str, reason: str) -> ValueError:
     """The error of a file that is no torch file of tensors, or a damaged one."""
     return ValueError(
-        f"{path}: this is not a torch file that can be read without running code ({reason:.200}); "
+        f"{path}: this is not a torch file that can be read without running code ({_escaped(reason)}); "
         "it may be damaged: get it again, or ask its author for safetensors"
     )
+
+
+def _escaped(text: str) -> str:
+    """The start of a text that may come from a file, without what would change the look of a terminal."""
+    return text[:300].encode("unicode_escape").decode()
 
 
 def _problem(stream: io.BytesIO) -> str | None:
@@ -62,7 +67,7 @@ def _problem(stream: io.BytesIO) -> str | None:
     for operation, argument, _ in pickletools.genops(stream):
         name = operation.name
         if name == "GLOBAL" and str(argument).replace(" ", ".") not in _GLOBALS:
-            return f"to run code ({str(argument).replace(' ', '.'):.200})"
+            return f"to run code ({str(argument).replace(' ', '.')})"
         if name == "MARK":
             marks.append(len(stack))
         elif name in _PUTS:

@@ -50,7 +50,7 @@ def read_torch(path: Path | str, device: torch.device | str = "cpu") -> dict[str
     try:
         # torch cannot map the older format
         content: object = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
-    except (OSError, MemoryError):
+    except MemoryError:
         raise
     except Exception as error:  # a damaged pickle can fail in any way
         raise _explain(path, error) from error
@@ -62,16 +62,24 @@ def read_torch(path: Path | str, device: torch.device | str = "cpu") -> dict[str
 def _check_archive(path: Path | str) -> None:
     """Raises ValueError if an archive is packed, so that little of it could become much, or its pickle is hostile."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            for record in archive.infolist():
-                if record.compress_type != zipfile.ZIP_STORED or record.compress_size != record.file_size:
-                    raise unreadable(path, f"{record.filename!r:.80} is compressed, which torch never does")
-                if record.filename.lower().endswith("data.pkl"):
-                    if record.file_size > MAX_PICKLE_BYTES:
-                        raise unreadable(path, f"a pickle of {record.file_size} bytes, over {MAX_PICKLE_BYTES}")
-                    check_pickles(path, archive.read(record), 1)
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:  # the last two: versions, passwords
+        pickles = _pickles(path)
+    except Exception as error:  # a damaged archive can fail in any way
         raise unreadable(path, str(error)) from error
+    for pickle in pickles:
+        check_pickles(path, pickle, 1)
+
+
+def _pickles(path: Path | str) -> list[bytes]:
+    with zipfile.ZipFile(path) as archive:
+        records = archive.infolist()
+        for record in records:
+            if record.compress_type != zipfile.ZIP_STORED or record.compress_size != record.file_size:
+                raise zipfile.BadZipFile(f"{record.filename!r:.80} is compressed, which torch never does")
+        pickles = [record for record in records if record.filename.lower().endswith("data.pkl")]
+        size = sum(record.file_size for record in pickles)
+        if size > MAX_PICKLE_BYTES:
+            raise zipfile.BadZipFile(f"a pickle of {size} bytes, over {MAX_PICKLE_BYTES}")
+        return [archive.read(record) for record in pickles]
 
 
 def _check_size(path: Path | str, tensors: Mapping[str, Tensor]) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from refiners.foundationals.clip.concepts import Concept, ConceptExtender, Embed
 from refiners.foundationals.clip.prompts import encode_prompt
 from refiners.foundationals.clip.text_encoder import CLIPTextEncoder, TokenEncoder
 from refiners.foundationals.clip.tokenizer import CLIPTokenizer
+from refiners.weights import write_safetensors
 
 NARROW = dataclasses.replace(SMALL, embedding_dim=8, num_layers=2, num_attention_heads=2)
 TEXT = "a photo of a <cat-toy> and ohwx"
@@ -197,3 +199,38 @@ def test_one_extender_per_encoder(encoder: CLIPTextEncoder, vectors: Tensor) -> 
     with pytest.raises(RuntimeError, match="has a ConceptExtender already: add the concepts to that one"):
         second.inject()
     assert encoder.parent is first
+
+
+def test_words_of_a_file_mean_what_its_vectors_do(encoder: CLIPTextEncoder, vectors: Tensor, tmp_path: Path) -> None:
+    write_safetensors(tmp_path / "learned.safetensors", {"<cat-toy>": vectors[:2], "ohwx": vectors[2]})
+    expected = extended(build_small(NARROW), vectors).inject()(TEXT)
+    extender = ConceptExtender(encoder)
+    assert extender.load(tmp_path / "learned.safetensors") == ["<cat-toy>", "ohwx"]
+    assert torch.equal(extender.inject()(TEXT), expected)
+
+
+def test_a_file_without_a_word_gives_its_own_name_or_the_one_asked_for(
+    encoder: CLIPTextEncoder, vectors: Tensor, tmp_path: Path
+) -> None:
+    write_safetensors(tmp_path / "toy.safetensors", {"clip_g": torch.ones(2, 12), "clip_l": vectors})
+    extender = ConceptExtender(encoder)
+    assert extender.load(tmp_path / "toy.safetensors") == ["toy"]
+    assert extender.load(tmp_path / "toy.safetensors", token="<toy>") == ["<toy>"]
+    assert all(torch.equal(each, vectors) for each in extender.concepts.values())
+
+
+def test_a_file_of_which_one_word_cannot_be_added_adds_none(
+    encoder: CLIPTextEncoder, vectors: Tensor, tmp_path: Path
+) -> None:
+    extender = extended(encoder, vectors)
+    before = extender.concepts
+    cases: dict[str, tuple[dict[str, Tensor], dict[str, str], str]] = {
+        "taken": ({"<new>": vectors, "OHWX": vectors[0]}, {}, "there is a token 'OHWX' already"),
+        "wide": ({"<new>": vectors, "<wide>": torch.ones(1, 12)}, {}, r"of '<wide>' has shape \(1, 12\)"),
+        "renamed": ({"<new>": vectors, "<other>": vectors}, {"token": "x"}, "has 2 words .*, so they keep their names"),
+    }
+    for name, (tensors, options, reason) in cases.items():
+        write_safetensors(tmp_path / name, tensors)
+        with pytest.raises(ValueError, match=f"{name}.*{reason}"):
+            extender.load(tmp_path / name, **options)
+        assert extender.concepts.keys() == before.keys()

@@ -204,8 +204,13 @@ def test_files_that_are_no_weights(models: Models, tensors: Tensors, tmp_path: P
         ("[1]", "the whole should map names to values"),
         ('{"lora_alpha": "4"}', "lora_alpha should be a finite number, but it is '4'"),
         ('{"lora_alpha": NaN}', "lora_alpha should be a finite number"),
+        (f'{{"lora_alpha": 1{"0" * 400}}}', "lora_alpha should be a finite number"),
+        ('{"lora_alpha": 1, "use_rslora": "false"}', "use_rslora should be true or false, but it is 'false'"),
         ('{"lora_alpha": 1, "alpha_pattern": {"(a+)+$": 3}}', "expressions of a file are not run"),
         ('{"lora_alpha": 1, "alpha_pattern": [3]}', "alpha_pattern should map names"),
+        ('{"peft_type": "LOHA", "alpha": []}', "alpha should be a finite number"),
+        ('{"peft_type": "LOKR", "rank_pattern": {"(a+)+$": 3}}', "rank_pattern has the regular expression"),
+        ('{"peft_type": "OFT", "num_cayley_neumann_terms": 1e9}', "should be from 1 to 100, but it is 1e"),
         ('{"lora_alpha": 1, "init_lora_weights": "pissa"}', "'pissa', which changes the base model too"),
     ],
 )

@@ -1,5 +1,6 @@
 """Textual inversion (arXiv 2208.01618): new words for a text encoder, each with vectors of its own."""
 
+from pathlib import Path
 from typing import Self
 
 import torch
@@ -10,6 +11,7 @@ from refiners.adapters.adapter import Adapter
 from refiners.fluxion.layers.module import single_output
 from refiners.foundationals.clip.text_encoder import CLIPTextEncoder, TokenEncoder
 from refiners.foundationals.clip.tokenizer import CLIPTokenizer
+from refiners.weights.concepts import read_concepts
 
 
 @single_output
@@ -123,6 +125,30 @@ class ConceptExtender(fl.Chain, Adapter[CLIPTextEncoder]):
         with fl.transaction():
             concept = self._embeddings.add_concept(token, vectors)
             self._tokens.add_token(token, concept.token_ids)
+
+    def load(self, path: Path | str, token: str | None = None) -> list[str]:
+        """Add the words of a textual inversion file (A1111's or diffusers') that are for this encoder, and list them.
+
+        token: what the word is to be, if the file has one; None for what the file calls it, or is called itself. Such
+            a word can be one of everyday language.
+        Raises ValueError, and adds nothing, if the file is damaged, holds something else, is for another encoder, or
+        teaches a word that is there already; FileNotFoundError if there is none.
+        """
+        words = read_concepts(path)
+        if token is not None and len(words) != 1:
+            raise ValueError(f"{path} has {len(words)} words ({', '.join(words):.200}), so they keep their names")
+        width = self._embeddings.target.embedding_dim
+        fitting = {
+            token or word: next((rows for rows in vectors if rows.shape[1] == width), vectors[0])
+            for word, vectors in words.items()
+        }
+        with fl.transaction():
+            for word, rows in fitting.items():
+                try:
+                    self.add_concept(word, rows)
+                except ValueError as error:
+                    raise ValueError(f"{path}: {error}") from error
+        return list(fitting)
 
     @property
     def concepts(self) -> dict[str, Tensor]:

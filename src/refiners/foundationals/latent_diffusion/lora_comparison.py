@@ -11,7 +11,7 @@ from refiners.adapters.approximation import frobenius_norm
 from refiners.foundationals.latent_diffusion.lora_places import Layer, Patchable, find_layers
 from refiners.foundationals.latent_diffusion.lora_reduction import base_of, has_weight, sum_of, weighted_delta
 from refiners.foundationals.latent_diffusion.lora_weights import LoraWeights
-from refiners.weights.lora_keys import LoraUpdate
+from refiners.weights.lora_keys import Kind, LoraUpdate
 
 
 @dataclass(frozen=True)
@@ -83,10 +83,16 @@ def _compared(layer: Layer, ours: Sequence[LoraUpdate], theirs: Sequence[LoraUpd
 
 
 def _is_same(one: LoraUpdate, other: LoraUpdate) -> bool:
-    if (one.kind, one.alpha, one.tensors.keys()) != (other.kind, other.alpha, other.tensors.keys()):
+    of_both = [(each.kind, each.tensors.keys(), _alpha_that_counts(each)) for each in (one, other)]
+    if of_both[0] != of_both[1]:
         return False
     pairs = [(tensor, other.tensors[part]) for part, tensor in one.tensors.items()]
     return all(mine.dtype == theirs.dtype and torch.equal(mine, theirs) for mine, theirs in pairs)
+
+
+def _alpha_that_counts(update: LoraUpdate) -> float:
+    """The strength; of OFT, the limit. A LoKr without low-rank factors may have an alpha, but no strength."""
+    return update.alpha or 0.0 if update.kind is Kind.OFT else update.strength
 
 
 @torch.no_grad()

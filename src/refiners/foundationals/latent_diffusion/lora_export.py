@@ -9,9 +9,11 @@ from torch import Tensor
 from refiners.adapters.delta import Delta, RankedDelta
 from refiners.adapters.deltas import kind_of_parts
 from refiners.adapters.low_rank import Conv2dLora
+from refiners.adapters.orthogonal import InputBoft, InputOft
 from refiners.foundationals.latent_diffusion.lora_places import Layer, Patchable, find_deltas, find_layers
 from refiners.foundationals.latent_diffusion.lora_weights import LoraWeights, file_name
 from refiners.weights.lora_keys import (
+    Kind,
     LoraUpdate,
     Place,
     check_finite,
@@ -97,10 +99,14 @@ def _update(layer: Layer | None, delta: Delta, dtype: torch.dtype | None) -> Lor
     if layer is None:
         raise ValueError(f"LoRA {delta.name!r} is on a layer that is no part of the model itself: no format names it")
     kind, parts, place = kind_of_parts(delta), delta.parts(), layer.place
+    if kind is Kind.DIFFERENCE and place.layer == "norm":
+        kind = Kind.NORM
     if isinstance(delta, Conv2dLora) and delta.mid is None:
         _check_geometry(delta, place)
     ranked = delta if isinstance(delta, RankedDelta) else getattr(delta, "inner", None)
     alpha, rank = (ranked.alpha.item(), ranked.rank) if isinstance(ranked, RankedDelta) else (None, None)
+    if isinstance(delta, InputOft | InputBoft):
+        alpha = None  # these have none in peft, and nobody else has them
     return in_dtype(LoraUpdate(place, place.path, kind, parts, alpha, rank), dtype)
 
 

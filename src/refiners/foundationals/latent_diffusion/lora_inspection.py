@@ -11,7 +11,7 @@ from refiners.foundationals.latent_diffusion.lora_places import Patchable, find_
 from refiners.foundationals.latent_diffusion.lora_report import AttachedUpdate, LoraReport, attached_update
 from refiners.foundationals.latent_diffusion.lora_weights import assign_updates, fitted_update
 from refiners.weights.formats import Identity, identify
-from refiners.weights.lora_keys import Kind, LeftOut, LoraFile, alpha_of, read_lora, split_key
+from refiners.weights.lora_keys import Kind, LeftOut, LoraFile, alpha_of, read_lora, split_key, starts_with_rank
 
 
 @dataclass(frozen=True)
@@ -49,15 +49,16 @@ def inspect_lora(path: Path | str, model: Patchable | None = None) -> LoraInspec
 
     Files are mapped into memory, so their weights are not read.
     model: to say also what would attach to it, and what not and why.
-    Raises ValueError if the file is damaged or no weights file, or has two updates of one layer of the model,
-    FileNotFoundError if there is none.
+    Raises ValueError if the file is damaged or no weights file, or has one part of a layer twice, FileNotFoundError if
+    there is none.
     """
     file = read_lora(path)
     identity = identify({key: tuple(tensor.shape) for key, tensor in file.tensors.items()})
     kinds: dict[str, Kind] = {}
     ranks: dict[str, int] = {}
     dtypes: Counter[torch.dtype] = Counter()
-    alphas = {alpha for settings in file.settings.values() for alpha in (settings.alpha, *settings.alphas.values())}
+    stated = [alpha for own in file.settings.values() for alpha in (own.alpha, *own.alphas.values())]
+    alphas = {alpha for alpha in stated if alpha is not None}
     for key, tensor in file.tensors.items():
         found = split_key(key)
         if found is not None and found.part == "alpha":
@@ -68,7 +69,7 @@ def inspect_lora(path: Path | str, model: Patchable | None = None) -> LoraInspec
             continue
         if found.kind is not None and (found.kind is not Kind.LORA or found.layer not in kinds):
             kinds[found.layer] = found.kind
-        if found.part == "down" and tensor.ndim:
+        if tensor.ndim and starts_with_rank(found.kind, found.part):
             ranks[found.layer] = tensor.shape[0]
     return LoraInspection(
         path=file.path,

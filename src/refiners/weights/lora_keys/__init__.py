@@ -12,6 +12,7 @@ from refiners.weights.lora_keys.updates import (
     check_finite,
     fit_parts,
     parse_updates,
+    starts_with_rank,
 )
 from refiners.weights.lora_keys.writing import LoraFormat, check_format, format_updates, save_updates
 
@@ -39,4 +40,5 @@ __all__ = [
     "read_lora",
     "save_updates",
     "split_key",
+    "starts_with_rank",
 ]

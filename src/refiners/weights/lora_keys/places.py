@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 _PEFT_PREFIX = "base_model.model."  # peft wraps a model twice
-_MAX_SPELLING = 300  # characters; longer ones name no layer of any model, and comparing takes their square
+_MAX_SPELLING = 150  # characters; longer ones name no layer of any model, and comparing takes their square
 
 # In the first attention-processor files of diffusers, the projections of one attention had these names.
 _PROCESSOR_NAMES = {
@@ -40,7 +40,7 @@ class Component:
 UNET = Component(
     "unet",
     dotted=("unet.", "lora_unet.", "diffusion_model.", "model.diffusion_model.", ""),
-    flat=("lora_unet_",),
+    flat=("lora_unet_", "lycoris_"),
 )
 CLIP_TEXT_ENCODER = Component(
     "clip_text_encoder",
@@ -48,7 +48,7 @@ CLIP_TEXT_ENCODER = Component(
         *("text_encoder.", "lora_te.", "lora_te1.", "clip_l."),
         *("text_encoders.clip_l.transformer.", "cond_stage_model.transformer.", ""),
     ),
-    flat=("lora_te_", "lora_te1_"),
+    flat=("lora_te_", "lora_te1_", "lycoris_"),
     hidden="text_model.",
 )
 

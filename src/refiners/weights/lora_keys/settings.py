@@ -1,4 +1,4 @@
-"""What peft's settings say of each layer's alpha: in an `adapter_config.json`, or in the header of diffusers' files.
+"""What peft's settings say of each layer: in an `adapter_config.json`, or in the header of diffusers' files.
 
 The strength of an update is alpha / rank, or alpha / sqrt(rank) in rank-stabilised LoRA (arXiv 2312.03732).
 """
@@ -7,42 +7,48 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import cast
+from dataclasses import dataclass, field
+from typing import TypeVar, cast
 
 METADATA_KEY = "lora_adapter_metadata"  # where diffusers keeps peft's settings in a safetensors header
+
+CAYLEY_TERMS = 5  # what peft takes of the series in OFT if nothing else is said
 
 # With these, the base was changed before training: the two factors alone are not what was learned.
 _CHANGES_BASE = re.compile(r"pissa|olora|corda|loftq", re.IGNORECASE)
 _LARGEST = 3e38  # alphas are saved in single precision
+_MOST_TERMS = 100
 _LITERAL = re.compile(r"\^?[\w.]+")
+
+Value = TypeVar("Value", float, float | None)
 
 
 @dataclass(frozen=True)
 class Settings:
     """The settings of one adapter.
 
-    alphas: of single layers, by pattern: the end of a layer's name, from a dot on, or with `^` its whole name.
+    alphas, ranks: of single layers, by pattern: the end of a layer's name, from a dot on, or with `^` its whole name.
+    rank: of a LoKr, which alone needs it; else 0.
+    cayley_terms: of the series that OFT has for a turn; 0 if it is worked out exactly.
     """
 
-    alpha: float
+    alpha: float | None
     alphas: Mapping[str, float]
     is_rank_stabilised: bool = False
+    rank: float = 0.0
+    ranks: Mapping[str, float] = field(default_factory=dict[str, float])
+    cayley_terms: int = CAYLEY_TERMS
 
-    def alpha_of(self, name: str, rank: int) -> float:
-        """The alpha for alpha / rank; name: of the layer, with dots, as in the model."""
-        alpha = self._matching(name)
+    def alpha_of(self, name: str, rank: int | float) -> float:
+        """The alpha for alpha / rank, the rank if none is said; name: of the layer, with dots, as in the model."""
+        alpha = _matching(name, self.alphas, self.alpha)
+        if alpha is None:
+            return float(rank)
         return alpha * math.sqrt(rank) if self.is_rank_stabilised else alpha
 
-    def _matching(self, name: str) -> float:
-        if not self.alphas:
-            return self.alpha
-        words = name.split(".")
-        ends = {f"^{name}", *(".".join(words[start:]) for start in range(len(words)))}
-        matching = ends.intersection(self.alphas)
-        if len(matching) <= 1:
-            return self.alphas[matching.pop()] if matching else self.alpha
-        return next(alpha for pattern, alpha in self.alphas.items() if pattern in matching)  # the first counts
+    def rank_of(self, name: str) -> float:
+        """The rank that a layer was given, which the tensors of a LoKr need not have; 0 if none is said."""
+        return _matching(name, self.ranks, self.rank)
 
 
 def parse_settings(where: str, text: str) -> dict[str, Settings]:
@@ -61,7 +67,7 @@ def parse_settings(where: str, text: str) -> dict[str, Settings]:
     return {
         prefix: _settings(f"{where}, {prefix:.80}" if prefix else where, values)
         for prefix, values in groups.items()
-        if values.get("lora_alpha") is not None
+        if any(values.get(name) is not None for name in ("peft_type", "lora_alpha"))
     }
 
 
@@ -72,20 +78,49 @@ def _settings(where: str, values: dict[str, object]) -> Settings:
             f"{where}: this LoRA was started by {start!r:.80}, which changes the base model too; "
             "convert it to a plain LoRA with peft (save_pretrained with path_initial_model_for_weight_conversion)"
         )
-    alphas: dict[str, float] = {}
-    for pattern, alpha in _object(where, "alpha_pattern", values.get("alpha_pattern") or {}).items():
+    name = "lora_alpha" if "lora_alpha" in values else "alpha"  # LoHa and LoKr have the shorter one
+    alpha = values.get(name)
+    with_rank = values if values.get("peft_type") == "LOKR" else {}
+    return Settings(
+        alpha=None if alpha is None else _number(where, name, alpha),
+        alphas=_pattern(where, "alpha_pattern", values),
+        is_rank_stabilised=_boolean(where, "use_rslora", values.get("use_rslora")),
+        rank=_number(where, "r", with_rank.get("r", 0)),
+        ranks=_pattern(where, "rank_pattern", with_rank),
+        cayley_terms=_cayley_terms(where, values),
+    )
+
+
+def _cayley_terms(where: str, values: dict[str, object]) -> int:
+    is_exact = values.get("use_cayley_neumann") is False
+    terms = _number(where, "num_cayley_neumann_terms", values.get("num_cayley_neumann_terms") or CAYLEY_TERMS)
+    if not 1 <= terms <= _MOST_TERMS:
+        raise ValueError(f"{where}: num_cayley_neumann_terms should be from 1 to {_MOST_TERMS}, but it is {terms:g}")
+    return 0 if is_exact else int(terms)
+
+
+def _pattern(where: str, setting: str, values: dict[str, object]) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for pattern, value in _object(where, setting, values.get(setting) or {}).items():
         plain = pattern.replace("\\.", ".").removesuffix("$")
         if not _LITERAL.fullmatch(plain):
             raise ValueError(
-                f"{where}: alpha_pattern has the regular expression {pattern!r:.80}; "
+                f"{where}: {setting} has the regular expression {pattern!r:.80}; "
                 "expressions of a file are not run: write out the names of its layers"
             )
-        alphas.setdefault(plain, _number(where, "alpha_pattern", alpha))
-    return Settings(
-        alpha=_number(where, "lora_alpha", values["lora_alpha"]),
-        alphas=alphas,
-        is_rank_stabilised=_boolean(where, "use_rslora", values.get("use_rslora")),
-    )
+        found.setdefault(plain, _number(where, setting, value))
+    return found
+
+
+def _matching(name: str, patterns: Mapping[str, float], otherwise: Value) -> float | Value:
+    if not patterns:
+        return otherwise
+    words = name.split(".")
+    ends = {f"^{name}", *(".".join(words[start:]) for start in range(len(words)))}
+    matching = ends.intersection(patterns)
+    if len(matching) <= 1:
+        return patterns[matching.pop()] if matching else otherwise
+    return next(value for pattern, value in patterns.items() if pattern in matching)  # the first counts
 
 
 def _object(where: str, name: str, value: object) -> dict[str, object]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from refiners.weights.lora_keys.kinds import Key, Kind, split_key
+from refiners.weights.lora_keys.peft_parts import as_of_lycoris
 from refiners.weights.lora_keys.places import Place, Places
 from refiners.weights.lora_keys.settings import Settings
 
@@ -36,6 +37,8 @@ _RANK_FIRST: dict[Kind, tuple[str, ...]] = {
     Kind.GLORA: ("a2",),
 }
 _WITH_ALPHA = (*_RANK_FIRST, Kind.OFT)  # that of an OFT is its constraint
+_COUNTS = ("on_input", "terms")  # parts that are whole numbers
+_MOST = 100  # that they can be: what they count is worked out as often
 _MAX_EXPLAINED = 40  # left-out keys for which the nearest known name is looked up
 
 
@@ -187,9 +190,17 @@ def _update(
     if alpha_key is not None and kind in _WITH_ALPHA:
         alpha = alpha_of(alpha_key, tensors[alpha_key])
         used.add(alpha_key)
-    elif rank is not None:
-        alpha = _alpha_of_settings(place, rank, settings)
+    own = settings.get(place.component.dotted[0].removesuffix("."), settings.get(""))
+    name = place.names[0].removeprefix(place.component.hidden)
+    if alpha is None and rank is not None:
+        alpha = float(rank) if own is None else _single(own.alpha_of(name, rank))
+    parts = as_of_lycoris(kind, parts, keys, own, name)
     return LoraUpdate(place, group.name, kind, parts, alpha, rank), used
+
+
+def starts_with_rank(kind: Kind | None, part: str) -> bool:
+    """Whether the first size of this part of an update is the rank."""
+    return kind is not None and part in _RANK_FIRST.get(kind, ())
 
 
 def _rank_of(kind: Kind, parts: Mapping[str, Tensor]) -> int | None:
@@ -212,13 +223,9 @@ def alpha_of(key: str, tensor: Tensor) -> float:
     return value
 
 
-def _alpha_of_settings(place: Place, rank: int, settings: Mapping[str, Settings]) -> float:
-    """The alpha that the settings give; without any it is the rank, so that the strength is 1."""
-    of_this = settings.get(place.component.dotted[0].removesuffix("."), settings.get(""))
-    if of_this is None:
-        return float(rank)
-    name = place.names[0].removeprefix(place.component.hidden)
-    return torch.tensor(of_this.alpha_of(name, rank), dtype=torch.float32).item()  # as it will be saved
+def _single(value: float) -> float:
+    """The number as it will be saved."""
+    return torch.tensor(value, dtype=torch.float32).item()
 
 
 def fit_parts(update: LoraUpdate) -> dict[str, Tensor]:
@@ -229,11 +236,22 @@ def fit_parts(update: LoraUpdate) -> dict[str, Tensor]:
     Raises ValueError, with the reason, if there are numbers of the wrong format or a LoRA does not fit the layer.
     """
     for part, tensor in update.tensors.items():
-        if part != "on_input" and tensor.dtype not in (*_FLOATS, *_SHORT_FLOATS):
+        if part not in _COUNTS and tensor.dtype not in (*_FLOATS, *_SHORT_FLOATS):
             raise ValueError(f"its {part} is {tensor.dtype}, but it should be floating point")
+        if part in _COUNTS:
+            _check_count(part, tensor)
         if not tensor.numel():
             raise ValueError(f"its {part} has shape {tuple(tensor.shape)}, so it is empty")
     return dict(update.tensors) if update.kind is not Kind.LORA else _fit_factors(update)
+
+
+def _check_count(part: str, tensor: Tensor) -> None:
+    if tensor.numel() != 1 or tensor.dtype not in (torch.bool, *_FLOATS, *_INTEGERS):
+        raise ValueError(
+            f"its {part} has shape {tuple(tensor.shape)} and is {tensor.dtype}, but it should be one number"
+        )
+    if not tensor.is_meta and not 0 <= tensor.item() <= _MOST:
+        raise ValueError(f"its {part} is {tensor.item()}, but it should be from 0 to {_MOST}")
 
 
 def _fit_factors(update: LoraUpdate) -> dict[str, Tensor]:

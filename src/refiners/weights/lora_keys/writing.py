@@ -11,12 +11,13 @@ from torch import Tensor
 
 from refiners.weights.files import write_safetensors
 from refiners.weights.lora_keys.kinds import Kind, key_end
+from refiners.weights.lora_keys.peft_parts import PEFT_MAGNITUDE, magnitude_of_peft
 from refiners.weights.lora_keys.settings import METADATA_KEY
 from refiners.weights.lora_keys.updates import LoraUpdate
 
 LoraFormat = Literal["kohya", "diffusers", "peft"]
 Number = TypeVar("Number", int, float)
-_PEFT_PARTS = {"down": "lora_A.weight", "up": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
+_PEFT_PARTS = {"down": "lora_A.weight", "up": "lora_B.weight", "magnitude": PEFT_MAGNITUDE}
 
 
 def check_format(name: str) -> LoraFormat:
@@ -44,6 +45,8 @@ def format_updates(updates: Sequence[LoraUpdate], form: LoraFormat) -> tuple[dic
             name = update.place.dotted_name if form == "diffusers" else _peft_name(update)
         for part, tensor in update.tensors.items():
             end = _end_of(update.kind, part) if form == "kohya" else _PEFT_PARTS[part]
+            if part == "magnitude" and form != "kohya":
+                tensor = magnitude_of_peft(tensor, len(update.place.shape))
             tensors[f"{name}.{end}"] = tensor.detach()
         if form == "kohya" and update.alpha is not None:
             tensors[f"{name}.alpha"] = torch.tensor(update.alpha, dtype=torch.float32)

@@ -1,0 +1,45 @@
+"""Where peft means something else by a tensor than LyCORIS does by the one of the same name, there and back."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from refiners.weights.lora_keys.kinds import Kind
+from refiners.weights.lora_keys.settings import CAYLEY_TERMS, Settings
+
+PEFT_MAGNITUDE = "lora_magnitude_vector"
+
+
+def as_of_lycoris(
+    kind: Kind, parts: Mapping[str, Tensor], keys: Mapping[str, str], settings: Settings | None, name: str
+) -> dict[str, Tensor]:
+    """The parts of an update that may be peft's, as LyCORIS means them.
+
+    keys: of the parts, in the file. settings: None if there are none, as LyCORIS writes none. name: of the layer.
+    Magnitudes of a convolution's outputs lie in the first dimension, not the second. The strength of a LoKr without any
+    low-rank factor, which LyCORIS knows none of, goes into w1. OFT gets the number of terms of its series as one more
+    part, if it is not the usual one.
+    """
+    found = dict(parts)
+    if PEFT_MAGNITUDE in keys.get("magnitude", ""):
+        found["magnitude"] = rows(found["magnitude"])
+    if settings is None:
+        return found
+    rank = settings.rank_of(name)
+    if kind is Kind.LOKR and {"w1", "w2"} <= found.keys() and rank:
+        strength = settings.alpha_of(name, rank) / rank
+        found["w1"] = found["w1"] if strength == 1 else found["w1"].float() * strength
+    if kind is Kind.OFT and settings.cayley_terms != CAYLEY_TERMS and found["blocks"].ndim == 2:
+        found["terms"] = torch.tensor(settings.cayley_terms)
+    return found
+
+
+def rows(magnitude: Tensor) -> Tensor:
+    """Magnitudes of outputs with these in the first dimension: (out, 1, ...)."""
+    return magnitude.reshape(-1, *[1] * (max(magnitude.ndim, 2) - 1))
+
+
+def magnitude_of_peft(magnitude: Tensor, dimensions: int) -> Tensor:
+    """Magnitudes of outputs as peft has them: (out,) of a linear layer, (1, out, 1, 1) of a convolution's weight."""
+    return magnitude.flatten() if dimensions == 2 else magnitude.reshape(1, -1, *[1] * (dimensions - 2))

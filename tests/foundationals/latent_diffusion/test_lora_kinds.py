@@ -1,0 +1,289 @@
+"""Files of every kind of update, written by the tools that train them: our models then compute what theirs do.
+
+The tools adapt diffusers' UNet and transformers' text encoder, and save what they learned; alphas are not the ranks.
+"""
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from lora_specimens import Models, assert_changed, assert_same, load_both, outputs, their_outputs
+from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from refiners.foundationals.clip import CLIPTextEncoderL
+from refiners.foundationals.latent_diffusion import UNet
+from refiners.foundationals.latent_diffusion.lora import LoraWeights, compare_loras, save_lora
+from refiners.foundationals.latent_diffusion.lora_places import find_layers
+from refiners.foundationals.latent_diffusion.lora_weights import assign_updates, fitted_update
+from refiners.weights.files import read_safetensors
+from refiners.weights.lora_keys import Kind, LoraFile
+
+with warnings.catch_warnings():  # what others deprecate is not ours to fix
+    warnings.simplefilter("ignore")
+    from lycoris.kohya import PRESET, create_network
+    from lycoris.wrapper import create_lycoris
+    from peft import (
+        BOFTConfig,
+        IA3Config,
+        LoHaConfig,
+        LoKrConfig,
+        LoraConfig,
+        OFTConfig,
+        get_peft_model,
+        get_peft_model_state_dict,
+    )
+
+pytestmark = pytest.mark.slow
+RANK, ALPHA = 4, 1.5
+BLOCKS = ["Transformer2DModel", "ResnetBlock2D", "Downsample2D", "Upsample2D", "TimestepEmbedding"]
+# Their own preset has the time embedding twice.
+SPARING = {
+    "enable_conv": True,
+    "unet_target_module": BLOCKS,
+    "unet_target_name": ["conv_in", "conv_out"],
+    "text_encoder_target_module": ["CLIPEncoderLayer"],
+    "target_module": [*BLOCKS, "CLIPEncoderLayer"],
+    "target_name": ["conv_in", "conv_out"],
+}
+# The options of LyCORIS, and which kinds of updates are then in the file.
+LYCORIS: dict[str, tuple[dict[str, Any], set[Kind]]] = {
+    "LoCon": ({"algo": "locon"}, {Kind.LORA}),
+    "LoCon, Tucker": ({"algo": "locon", "use_tucker": True}, {Kind.LORA}),
+    "LoCon, rank-stabilised": ({"algo": "locon", "rs_lora": True}, {Kind.LORA}),
+    "LoCon, learned scale": ({"algo": "locon", "use_scalar": True}, {Kind.LORA}),
+    "LoCon and norms": ({"algo": "locon", "train_norm": True}, {Kind.LORA, Kind.NORM}),
+    "DoRA": ({"algo": "locon", "dora_wd": True}, {Kind.DORA}),
+    "DoRA of inputs": ({"algo": "locon", "dora_wd": True, "wd_on_output": False}, {Kind.DORA}),
+    "LoHa": ({"algo": "loha"}, {Kind.LOHA}),
+    "LoHa, Tucker": ({"algo": "loha", "use_tucker": True}, {Kind.LOHA}),
+    "LoHa in a DoRA": ({"algo": "loha", "dora_wd": True}, {Kind.DORA}),
+    "LoKr": ({"algo": "lokr"}, {Kind.LOKR}),
+    "LoKr of four factors": ({"algo": "lokr", "decompose_both": True, "factor": 4}, {Kind.LOKR}),
+    "LoKr of whole matrices": ({"algo": "lokr", "full_matrix": True}, {Kind.LOKR}),
+    "LoKr, Tucker": ({"algo": "lokr", "use_tucker": True, "factor": 2}, {Kind.LOKR}),
+    "LoKr in a DoRA": ({"algo": "lokr", "dora_wd": True}, {Kind.DORA}),
+    "full difference": ({"algo": "full", "train_norm": True}, {Kind.DIFFERENCE, Kind.NORM}),
+    "OFT with a limit": ({"algo": "diag-oft", "constraint": 0.5}, {Kind.OFT}),
+    "OFT with scales": ({"algo": "diag-oft", "rescaled": True}, {Kind.OFT}),
+    "BOFT": ({"algo": "boft"}, {Kind.OFT}),
+    "BOFT with scales": ({"algo": "boft", "rescaled": True}, {Kind.OFT}),
+    "GLoRA": ({"algo": "glora"}, {Kind.GLORA}),
+    "(IA)^3": ({"algo": "ia3"}, {Kind.IA3}),
+}
+LINEAR = {"unet": ["to_q", "to_k", "to_v", "to_out.0", "ff.net.2"], "text_encoder": ["q_proj", "v_proj", "fc1"]}
+ALL = {**LINEAR, "unet": [*LINEAR["unet"], "proj_in", "conv1", "conv_shortcut"]}
+FEED_FORWARD = ["ff.net.2", "fc1"]
+# peft's settings. OFT has no convolutions: where there is a kernel, peft's forward pass is not what it merges.
+PEFT: dict[str, tuple[Callable[[list[str]], Any], dict[str, list[str]]]] = {
+    "LoRA": (lambda names: LoraConfig(r=3, lora_alpha=5, target_modules=names), ALL),
+    "LoRA, patterns": (
+        lambda names: LoraConfig(
+            r=3,
+            lora_alpha=5,
+            use_rslora=True,
+            target_modules=names,
+            rank_pattern={"to_q": 2, "q_proj": 4},
+            alpha_pattern={"to_k": 7, "fc1": 2},
+        ),
+        ALL,
+    ),
+    "DoRA": (lambda names: LoraConfig(r=3, lora_alpha=5, use_dora=True, target_modules=names), ALL),
+    "LoHa": (lambda names: LoHaConfig(r=3, alpha=5, target_modules=names, alpha_pattern={"to_q": 2, "fc1": 4}), ALL),
+    "LoHa, Tucker": (lambda names: LoHaConfig(r=3, alpha=5, target_modules=names, use_effective_conv2d=True), ALL),
+    "LoKr": (lambda names: LoKrConfig(r=3, alpha=5, target_modules=names), ALL),
+    "LoKr, Tucker": (
+        lambda names: LoKrConfig(r=3, alpha=5, target_modules=names, use_effective_conv2d=True, decompose_factor=2),
+        ALL,
+    ),
+    "LoKr of four factors": (
+        lambda names: LoKrConfig(r=2, alpha=5, target_modules=names, decompose_both=True, decompose_factor=8),
+        ALL,
+    ),
+    "LoKr of whole matrices": (
+        lambda names: LoKrConfig(
+            r=64, alpha=96, target_modules=names, rank_pattern={"to_v": 80}, alpha_pattern={"to_q": 32, "q_proj": 32}
+        ),
+        ALL,
+    ),
+    "OFT": (lambda names: OFTConfig(r=0, oft_block_size=8, target_modules=names), LINEAR),
+    "OFT, one block for all": (
+        lambda names: OFTConfig(r=0, oft_block_size=8, target_modules=names, block_share=True),
+        LINEAR,
+    ),
+    "OFT, exact": (
+        lambda names: OFTConfig(r=0, oft_block_size=8, target_modules=names, use_cayley_neumann=False),
+        LINEAR,
+    ),
+    "BOFT": (
+        lambda names: BOFTConfig(boft_block_size=4, boft_n_butterfly_factor=2, target_modules=names),
+        ALL,
+    ),
+    "(IA)^3": (
+        lambda names: IA3Config(
+            target_modules=names, feedforward_modules=[name for name in names if name in FEED_FORWARD]
+        ),
+        ALL,
+    ),
+}
+
+
+@pytest.fixture
+def models() -> Models:
+    return load_both()
+
+
+@pytest.fixture(autouse=True)
+def peers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """transformers asks for a newer peft than there is here; LyCORIS reports at length."""
+    monkeypatch.setattr("transformers.integrations.peft.MIN_PEFT_VERSION", "0.20.0")
+    monkeypatch.setitem(PRESET, "sparing", SPARING)
+    logging.disable(logging.WARNING)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+    logging.disable(logging.NOTSET)
+
+
+def randomise(parameters: Any) -> None:
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.add_(0.1 * torch.randn_like(parameter))
+
+
+def lycoris_file(pipeline: Any, path: Path, options: dict[str, Any]) -> Path:
+    """Adapt UNet and text encoder with LyCORIS as kohya's scripts do, and save it."""
+    torch.manual_seed(0)
+    unet, text = pipeline.unet, pipeline.text_encoder
+    network: Any = create_network(1.0, RANK, ALPHA, None, text, unet, preset="sparing", **options)
+    network.apply_to(text, unet, True, True)
+    randomise(network.parameters())
+    network.save_weights(str(path), torch.float32, {})
+    return path
+
+
+def peft_folder(pipeline: Any, path: Path, kind: str) -> Path:
+    """Adapt UNet and text encoder with peft, and save a folder for each."""
+    torch.manual_seed(0)
+    configure, targets = PEFT[kind]
+    for component, names in targets.items():
+        adapted: Any = get_peft_model(getattr(pipeline, component), configure(names))
+        randomise(parameter for parameter in adapted.parameters() if parameter.requires_grad)
+        adapted.eval().save_pretrained(path / component)
+    return path
+
+
+def assert_computes_the_same(models: Models, path: Path) -> set[Kind]:
+    """Which kinds of updates there are."""
+    ours, theirs = models
+    before, expected = outputs(ours), their_outputs(theirs)
+    assert_changed(before, expected)
+    report = LoraWeights(path, name="new").patch(ours)
+    assert not report.left_out
+    assert_same(outputs(ours), expected)
+    return {update.kind for update in report.attached}
+
+
+def stored(path: Path) -> dict[str, Tensor]:
+    """The tensors but alphas, whose form is free, by names with the part that newer releases leave out."""
+    names = {key: key.replace("lora_te_encoder", "lora_te_text_model_encoder") for key in read_safetensors(path)}
+    return {names[key]: tensor for key, tensor in read_safetensors(path).items() if not key.endswith(".alpha")}
+
+
+@pytest.mark.parametrize("kind", LYCORIS)
+def test_lycoris_computes_the_same_and_every_bit_comes_back(models: Models, tmp_path: Path, kind: str) -> None:
+    options, kinds = LYCORIS[kind]
+    source = lycoris_file(models[1], tmp_path / "a.safetensors", options)
+    assert assert_computes_the_same(models, source) == kinds
+    save_lora(tmp_path / "b.safetensors", models[0])
+    first, second = stored(source), stored(tmp_path / "b.safetensors")
+    assert first.keys() == second.keys()
+    for key, tensor in first.items():
+        assert torch.equal(tensor.squeeze(), second[key].squeeze()), key  # a 1x1 kernel may be left out
+    comparison = compare_loras(source, tmp_path / "b.safetensors", load_both()[0])
+    assert comparison.equal_count == len(comparison.layers) >= 133
+
+
+@pytest.mark.parametrize("component", ["unet", "text_encoder"])
+@pytest.mark.parametrize("algo", ["locon", "lokr", "full"])
+def test_files_of_the_wrapper_of_lycoris(models: Models, tmp_path: Path, component: str, algo: str) -> None:
+    ours, theirs = models
+    before = outputs(ours)
+    torch.manual_seed(0)
+    network: Any = create_lycoris(
+        getattr(theirs, component), 1.0, RANK, ALPHA, algo=algo, preset="sparing", warn_on_unmatched=False
+    )
+    network.apply_to()
+    randomise(network.parameters())
+    network.save_weights(str(tmp_path / "a.safetensors"), torch.float32, {})
+    report = LoraWeights(tmp_path / "a.safetensors").patch(ours)
+    expected = their_outputs(theirs)
+    assert_changed(before, expected, component)
+    assert_same(outputs(ours), expected)
+    assert len(report.attached) == len(network.loras) and not report.left_out
+
+
+@pytest.mark.parametrize("kind", PEFT)
+def test_peft_computes_the_same_and_our_files_do_too(models: Models, tmp_path: Path, kind: str) -> None:
+    source = peft_folder(models[1], tmp_path / "a", kind)
+    assert_computes_the_same(models, source)
+    save_lora(tmp_path / "b.safetensors", models[0])
+    fresh, _ = load_both()
+    LoraWeights(tmp_path / "b.safetensors").patch(fresh)
+    assert_same(outputs(fresh), outputs(models[0]))
+    comparison = compare_loras(source, tmp_path / "b.safetensors", load_both()[0])
+    assert comparison.equal_count == len(comparison.layers)
+
+
+@pytest.mark.parametrize("form", ["diffusers", "peft"])
+def test_dora_is_written_as_peft_has_it(models: Models, tmp_path: Path, form: str) -> None:
+    peft_folder(models[1], tmp_path / "a", "DoRA")
+    assert_computes_the_same(models, tmp_path / "a")
+    save_lora(tmp_path / "b", models[0], format=form)
+    ours = read_safetensors(tmp_path / "b/unet/adapter_model.safetensors" if form == "peft" else tmp_path / "b")
+    theirs = read_safetensors(tmp_path / "a/unet/adapter_model.safetensors")
+    for key, tensor in theirs.items():
+        name = key if form == "peft" else f"unet.{key.removeprefix('base_model.model.')}"
+        assert torch.equal(ours[name], tensor), key
+
+
+@pytest.mark.parametrize("use_dora", [True, False])
+def test_files_of_diffusers(models: Models, tmp_path: Path, use_dora: bool) -> None:
+    _, theirs = models
+    torch.manual_seed(0)
+    layers: dict[str, Any] = {}
+    for component, names in ALL.items():
+        model = getattr(theirs, component)
+        config = LoraConfig(r=3, lora_alpha=5, use_dora=use_dora, target_modules=names)
+        model.add_adapter(config)
+        randomise(parameter for name, parameter in model.named_parameters() if "lora_" in name)
+        layers[f"{component}_lora_layers"] = get_peft_model_state_dict(model)
+        layers[f"{component}_lora_adapter_metadata"] = config.to_dict()
+    StableDiffusionPipeline.save_lora_weights(tmp_path, **layers)
+    assert assert_computes_the_same(models, tmp_path) == {Kind.DORA if use_dora else Kind.LORA}
+
+
+# LyCORIS needs the values of the weights for DoRA and full differences; their shapes say nothing new.
+@pytest.mark.parametrize("kind", [kind for kind, (_, kinds) in LYCORIS.items() if not kinds & {Kind.DORA, Kind.NORM}])
+def test_every_key_of_the_full_size_finds_its_layer(kind: str) -> None:
+    with torch.device("meta"):
+        sizes = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+        text = CLIPTextModel(CLIPTextConfig(**sizes))
+        unet = UNet2DConditionModel(cross_attention_dim=768)
+    options, kinds = LYCORIS[kind]
+    rank = 32 if "BOFT" in kind else RANK  # smaller blocks do not divide 768 as a butterfly needs it
+    network: Any = create_network(1.0, rank, ALPHA, None, text, unet, preset="sparing", **options)
+    network.apply_to(text, unet, True, True)
+    model: Any = SimpleNamespace(unet=UNet(device="meta"), clip_text_encoder=CLIPTextEncoderL(device="meta"))
+    layers = find_layers(model)
+    contents = assign_updates(LoraFile(Path("a"), network.state_dict(), {}, {}), model, layers)
+    assert not contents.left_out
+    fitted = [fitted_update(update, layers[update.place.path].module) for update in contents.updates]
+    assert {update.shown_kind for update in fitted} == kinds
+    assert len(fitted) == 282 + 72
