@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache, lru_cache
 from typing import Any, Protocol, cast
 
 from torch import nn
@@ -11,9 +12,9 @@ from refiners.adapters.delta import Delta
 from refiners.adapters.delta_adapter import DeltaAdapter
 from refiners.fluxion.layers.chain import Chain
 from refiners.foundationals.clip import names as clip_names
-from refiners.foundationals.clip.text_encoder import CLIPTextEncoder
+from refiners.foundationals.clip.text_encoder import CLIPTextEncoder, CLIPTextSpec
 from refiners.foundationals.latent_diffusion import unet_names
-from refiners.foundationals.latent_diffusion.unet import UNet
+from refiners.foundationals.latent_diffusion.unet import UNet, UNetSpec
 from refiners.weights.lora_keys import CLIP_TEXT_ENCODER, UNET, Component, Place, Places
 from refiners.weights.rules import Names
 
@@ -48,8 +49,8 @@ def find_layers(model: Patchable) -> dict[str, Layer]:
     """
     _check(model)
     unet, encoder = model.unet, model.clip_text_encoder
-    layers = {layer.place.path: layer for layer in _layers(UNET, unet, _unet_names(unet))}
-    layers |= {layer.place.path: layer for layer in _layers(CLIP_TEXT_ENCODER, encoder, _text_names(encoder))}
+    layers = {layer.place.path: layer for layer in _layers(UNET, unet, _unet_names(unet.spec))}
+    layers |= {layer.place.path: layer for layer in _layers(CLIP_TEXT_ENCODER, encoder, _text_names(encoder.spec))}
     return layers
 
 
@@ -77,16 +78,17 @@ def _check(model: object) -> None:
             )
 
 
-def _unet_names(unet: UNet) -> list[Names]:
-    return [unet_names.diffusers_names(unet.spec), unet_names.single_file_names(unet.spec)]
+@cache
+def _unet_names(spec: UNetSpec) -> tuple[Names, ...]:
+    return unet_names.diffusers_names(spec), unet_names.single_file_names(spec)
 
 
-def _text_names(encoder: CLIPTextEncoder) -> list[Names]:
-    prefixes = (clip_names.TRANSFORMERS_PREFIX, "")
-    return [clip_names.text_encoder_names(encoder.spec, prefix) for prefix in prefixes]
+@cache
+def _text_names(spec: CLIPTextSpec) -> tuple[Names, ...]:
+    return tuple(clip_names.text_encoder_names(spec, prefix) for prefix in (clip_names.TRANSFORMERS_PREFIX, ""))
 
 
-def _layers(component: Component, tree: Chain, names: list[Names]) -> Iterator[Layer]:
+def _layers(component: Component, tree: Chain, names: tuple[Names, ...]) -> Iterator[Layer]:
     parents = {id(module): parent for module, parent in tree.walk(_is_weighted)}
     modules = cast("Iterator[tuple[str, nn.Module]]", tree.named_modules())
     for path, module in modules:
@@ -103,6 +105,7 @@ def _is_weighted(module: nn.Module, parent: Any) -> bool:
     return module._parameters.get("weight") is not None
 
 
+@lru_cache(maxsize=10_000)  # to work the names of a model out takes longer than to put a small LoRA on it
 def _their_name(path: str, rules: Names) -> str | None:
     """None for a layer that was added to the tree, as by an adapter."""
     _, name = rules._find(f"{path}.weight", is_to_theirs=True)

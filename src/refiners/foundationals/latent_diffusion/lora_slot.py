@@ -70,7 +70,8 @@ class LoraSlot:
     @torch.no_grad()
     def _fill(self, own: Lora[Any], update: LoraUpdate | None, scale: Scale) -> None:
         if update is None:
-            own.scale = 0.0
+            if own.scale != 0.0:
+                own.scale = 0.0
             return
         down, up = folded(update)
         rank = down.shape[0]

@@ -167,7 +167,8 @@ class LoraWeights:
 def fitted_update(update: LoraUpdate, layer: nn.Module) -> LoraUpdate:
     """An update whose tensors are as the layer needs them. Raises ValueError, with the reason, if they cannot be."""
     fitted = replace(update, tensors=fit_parts(update))
-    make_delta(layer, update.name, fitted.kind, fitted.tensors, fitted.alpha)
+    if fitted.shown_kind is not Kind.LORA:  # whose shapes are those of the layer by now
+        make_delta(layer, update.name, fitted.kind, fitted.tensors, fitted.alpha)
     return fitted
 
 
