@@ -244,7 +244,7 @@ def test_an_empty_prompt_is_a_prompt(sd15: StableDiffusion_1) -> None:
 
 
 def test_a_text_embedding_of_the_wrong_batch_is_refused(sd15: StableDiffusion_1) -> None:
-    with pytest.raises(ValueError, match=r"3 pictures need a text embedding of batch 6 .* or 2, but it is 4"):
+    with pytest.raises(ValueError, match=r"3 pictures need clip_text_embedding of batch 6 .* or 2, but it is 4"):
         sd15(torch.zeros(3, 4, 8, 8), step=0, clip_text_embedding=torch.zeros(4, 77, 32))
 
 

@@ -81,13 +81,13 @@ class TextToImage(LatentDiffusionModel):
         try:
             prompts, negatives, seeds = zip(*rows, strict=True)
             generators = [torch.Generator().manual_seed(each) for each in seeds]
-            text = self.compute_text_embedding(prompts, negatives)
+            conditions = self.compute_conditions(prompts, negatives, size)
             noise = unit_noise(self._like(len(rows), self.latents_size(size)), generators)
             x = self.init_latents(size, None if strength == 1 else init_image, noise)
             after_step = self.prepare_mask(init_image, mask, size, noise) if init_image and mask else None
             with _progress(len(self.steps), show_progress) as advance:
                 for number, step in enumerate(self.steps, start=1):
-                    predicted = self.predict_noise(x, step, text, scale)
+                    predicted = self.predict_noise(x, step, condition_scale=scale, **conditions)
                     clean = self.solver.predict_clean(x, predicted, step) if on_step else x
                     x = self.solver(x, predicted, step=step, generator=generators)
                     x = after_step(x, step) if after_step else x

@@ -29,9 +29,9 @@ class Scheduled:
     schedule: Schedule
     deltas: tuple[tuple[Delta, float], ...]
 
-    def apply(self, step: int, count: int) -> None:
+    def before_step(self, index: int, count: int) -> None:
         """Set the scales for a step."""
-        scale = self.schedule(step, count)
+        scale = self.schedule(index, count)
         for delta, factor in self.deltas:
             delta.scale = scale * factor
 

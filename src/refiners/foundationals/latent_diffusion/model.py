@@ -1,10 +1,11 @@
 """A latent diffusion model (arXiv 2112.10752): a text encoder, a UNet that denoises latents, and an autoencoder.
 
-Latents are (B, 4, H / 8, W / 8). Text embeddings are (2 P, L, D): those of P negative prompts, then of P prompts.
+Latents are (B, 4, H / 8, W / 8). Text embeddings are (2 P, L, D): those of P negative prompts, then of P prompts. The
+other conditions that a model may have, such as the size of a picture, come in the same two halves.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +16,7 @@ from torch.nn import functional
 import refiners.fluxion.layers as fl
 from refiners.fluxion.utils import image_to_tensor
 from refiners.foundationals.latent_diffusion.autoencoder import LatentDiffusionAutoencoder
+from refiners.foundationals.latent_diffusion.guidance import Guidance, Prediction
 from refiners.foundationals.latent_diffusion.loras import Scheduled
 from refiners.foundationals.latent_diffusion.specs import StableDiffusionSpec
 from refiners.foundationals.latent_diffusion.unet import UNet
@@ -29,6 +31,7 @@ class LatentDiffusionModel(fl.Module, ABC):
 
     unet, lda: None for new ones of the spec's sizes, on `device` and in `dtype`.
     solver: None for DPM-Solver++ with 30 steps.
+    guidances: what is added to the prediction after classifier-free guidance, at every step.
     """
 
     def __init__(
@@ -45,6 +48,7 @@ class LatentDiffusionModel(fl.Module, ABC):
         self.unet = unet or UNet(spec.unet, device=device, dtype=dtype)
         self.lda = lda or LatentDiffusionAutoencoder(spec.autoencoder, device=device, dtype=dtype)
         self.solver = solver or DPMSolver(DEFAULT_STEPS, params=spec.solver_params)
+        self.guidances: list[Guidance] = []
         self._lora_schedules: dict[str, Scheduled] = {}
 
     if TYPE_CHECKING:
@@ -57,6 +61,7 @@ class LatentDiffusionModel(fl.Module, ABC):
             clip_text_embedding: Tensor,
             condition_scale: float = 7.5,
             generator: Generators = None,
+            **conditions: Tensor,
         ) -> Tensor: ...
 
     @property
@@ -83,8 +88,13 @@ class LatentDiffusionModel(fl.Module, ABC):
         self.solver = self.solver.rebuild(num_steps, first_inference_step=first_step)
 
     @abstractmethod
-    def compute_text_embedding(self, text: str | Sequence[str], negative_text: str | Sequence[str] = "") -> Tensor:
-        """Encode P prompts, and as many negative ones or one for all: (2 P, L, D), the negative ones first."""
+    def compute_conditions(
+        self, text: str | Sequence[str], negative_text: str | Sequence[str], size: tuple[int, int]
+    ) -> dict[str, Tensor]:
+        """All that `predict_noise` is to be given for P prompts, and as many negative ones or one for all.
+
+        size: height and width of the picture in pixels.
+        """
 
     def forward(
         self,
@@ -94,43 +104,59 @@ class LatentDiffusionModel(fl.Module, ABC):
         clip_text_embedding: Tensor,
         condition_scale: float = 7.5,
         generator: Generators = None,
+        **conditions: Tensor,
     ) -> Tensor:
-        predicted_noise = self.predict_noise(x, step, clip_text_embedding, condition_scale)
+        predicted_noise = self.predict_noise(x, step, clip_text_embedding, condition_scale, **conditions)
         return self.solver(x, predicted_noise, step=step, generator=generator)
 
-    def predict_noise(self, x: Tensor, step: int, clip_text_embedding: Tensor, condition_scale: float = 7.5) -> Tensor:
+    def predict_noise(
+        self, x: Tensor, step: int, clip_text_embedding: Tensor, condition_scale: float = 7.5, **conditions: Tensor
+    ) -> Tensor:
         """The UNet's prediction with classifier-free guidance (arXiv 2207.12598, eq. 6), both halves in one batch.
 
         x: (B, C, h, w) at the level of `step`.  clip_text_embedding: (2 B, L, D), or (2, L, D) for all B pictures.
         condition_scale: 1 is no guidance; the negative half is left out then.
+        conditions: the others that the UNet asks for, each of batch 2 B or 2.
         """
-        for scheduled in self._lora_schedules.values():
-            scheduled.apply(self.steps.index(step), len(self.steps))
-        text = self._one_text_per_picture(x, clip_text_embedding)
+        index, count = self.steps.index(step), len(self.steps)
+        for listener in (*self._lora_schedules.values(), *self.unet.step_listeners):
+            listener.before_step(index, count)
+        conditions = {
+            name: self._one_per_picture(x, condition, name)
+            for name, condition in {"clip_text_embedding": clip_text_embedding, **conditions}.items()
+        }
+        if condition_scale == 1:
+            conditions = {name: condition.chunk(2)[1] for name, condition in conditions.items()}
+            negative, positive = None, self.run_unet(x, step, conditions)
+            predicted = positive
+        else:
+            negative, positive = self.run_unet(torch.cat([x, x]), step, conditions).chunk(2)
+            predicted = negative + condition_scale * (positive - negative)
+        if self.guidances:
+            prediction = Prediction(x, step, negative, positive, conditions, self.run_unet)
+            predicted = predicted + sum(guidance(prediction) for guidance in self.guidances)
+        return predicted
+
+    def run_unet(self, x: Tensor, step: int, conditions: Mapping[str, Tensor]) -> Tensor:
+        """What the UNet predicts for latents (B, C, h, w) at a step, with conditions of batch B; no guidance."""
         x = self._model_input(self.solver.scale_model_input(x, step))
         timestep = self.solver.timesteps[step].reshape(1).to(x.device)
-        if condition_scale == 1:
-            return self._run_unet(x, timestep, text.chunk(2)[1])
-        negative, positive = self._run_unet(torch.cat([x, x]), timestep, text).chunk(2)
-        return negative + condition_scale * (positive - negative)
-
-    def _run_unet(self, x: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
         self.unet.set_timestep(timestep.expand(x.shape[0]))  # one for each, as LoRAs may have a scale for each
-        self.unet.set_clip_text_embedding(text)
+        self.unet.set_conditions(conditions)
         return self.unet(x)
 
     def _model_input(self, x: Tensor) -> Tensor:
         """What the UNet sees for latents x."""
         return x
 
-    def _one_text_per_picture(self, x: Tensor, clip_text_embedding: Tensor) -> Tensor:
-        texts, pictures = clip_text_embedding.shape[0], x.shape[0]
-        if texts not in (2, 2 * pictures):
+    def _one_per_picture(self, x: Tensor, condition: Tensor, name: str) -> Tensor:
+        found, pictures = condition.shape[0], x.shape[0]
+        if found not in (2, 2 * pictures):
             raise ValueError(
-                f"{pictures} pictures need a text embedding of batch {2 * pictures} (negative prompts, then prompts) "
-                f"or 2, but it is {texts}: make it with compute_text_embedding"
+                f"{pictures} pictures need {name} of batch {2 * pictures} (negative prompts, then prompts) or 2, but "
+                f"it is {found}: make it with compute_text_embedding"
             )
-        return clip_text_embedding if texts == 2 * pictures else clip_text_embedding.repeat_interleave(pictures, dim=0)
+        return condition if found == 2 * pictures else condition.repeat_interleave(pictures, dim=0)
 
     def init_latents(
         self,

@@ -116,6 +116,12 @@ class StableDiffusion_1(TextToImage):
             raise ValueError(f"{len(prompts)} prompts, but {len(negatives)} negative ones: give one, or one for each")
         return encode_prompt(self.clip_text_encoder, [*negatives, *prompts])
 
+    def compute_conditions(
+        self, text: str | Sequence[str], negative_text: str | Sequence[str], size: tuple[int, int]
+    ) -> dict[str, Tensor]:
+        """The text embedding alone, whatever the size is."""
+        return {"clip_text_embedding": self.compute_text_embedding(text, negative_text)}
+
     compute_clip_text_embedding = compute_text_embedding  # as in later versions of the first refiners
 
     def structural_copy(self) -> Self:

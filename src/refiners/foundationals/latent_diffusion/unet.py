@@ -5,9 +5,9 @@
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -291,8 +291,22 @@ class OutputBlock(fl.Chain):
         )
 
 
+class StepListener(Protocol):
+    """A module somewhere in a UNet, such as an adapter, that is told of each step before the UNet runs."""
+
+    def before_step(self, index: int, count: int) -> None:
+        """Get ready for the step of that number, 0 … count - 1."""
+        ...
+
+
+# Where in the contexts of a UNet its conditions are.
+CONDITIONS = {"clip_text_embedding": ("cross_attention", "text_embedding")}
+
+
 class UNet(fl.Chain):
     """Noise, velocity or clean latents (what it was trained for) from noisy latents, a time step and a text."""
+
+    _step_listeners: tuple[StepListener, ...] | None
 
     def __init__(
         self,
@@ -324,6 +338,33 @@ class UNet(fl.Chain):
     def set_clip_text_embedding(self, clip_text_embedding: Tensor) -> None:
         """Set the text of the next call, (B, L, text_dim)."""
         self.set_context("cross_attention", {"text_embedding": clip_text_embedding})
+
+    def set_conditions(self, conditions: Mapping[str, Tensor]) -> None:
+        """Set all that the next call is to know besides the time step, by name.
+
+        Raises ValueError if there is something that this UNet does not read, or something is missing.
+        """
+        if conditions.keys() != CONDITIONS.keys():
+            raise ValueError(
+                f"this UNet is to be given {', '.join(CONDITIONS)}, but was given {', '.join(conditions) or 'nothing'}"
+            )
+        for name, (context, key) in CONDITIONS.items():
+            self.set_context(context, {key: conditions[name]})
+
+    @property
+    def step_listeners(self) -> tuple[StepListener, ...]:
+        """The modules in this tree that are told of each step, in the order of the tree."""
+        if self._step_listeners is None:
+            found = (module for module in self.modules() if hasattr(type(module), "before_step"))
+            self.__dict__["_step_listeners"] = tuple(cast("Iterator[StepListener]", found))
+        return cast("tuple[StepListener, ...]", self._step_listeners)
+
+    def _refresh(self) -> None:
+        super()._refresh()
+        self.__dict__["_step_listeners"] = None  # to be looked for, as the tree was edited
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_step_listeners": None}
 
 
 def _pop(values: list[Any]) -> Any:
