@@ -4,7 +4,7 @@ import sys
 
 import torch
 
-from bench import adapters, chains, deltas, diffusion, imports, loras, training
+from bench import adapters, chains, conditioning, deltas, diffusion, imports, loras, training
 from bench.timing import print_rows
 
 SUITES = {
@@ -14,6 +14,7 @@ SUITES = {
     "imports": imports.rows,
     "diffusion": diffusion.rows,
     "adapters": adapters.rows,
+    "conditioning": conditioning.rows,
     "training": training.rows,
 }
 

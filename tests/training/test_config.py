@@ -88,5 +88,5 @@ def test_pictures_of_a_subject_are_not_held_out() -> None:
 
 def test_a_data_set_has_one_source(tmp_path: Path) -> None:
     table = {**GOOD, "dataset": {"folder": "a", "hf_repo": "b"}}
-    with pytest.raises(ConfigError, match="either `folder` or `hf_repo`"):
+    with pytest.raises(ConfigError, match="one of `folder`, `hf_repo` and `scenes`, and not two"):
         RECIPES["lora"].config.read(table)

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,15 @@ from PIL import Image
 from torch import Tensor
 from training_specimens import write_pictures
 
+from refiners.fluxion.utils import image_to_tensor
+from refiners.foundationals.scenes import parse_caption, read_scenes
 from refiners.training.data import cache as cache_module
 from refiners.training.data.buckets import BucketSampler, bucket_sizes, choose_size, fit
 from refiners.training.data.cache import TensorCache, fingerprint, key_of
 from refiners.training.data.captions import CaptionRule
-from refiners.training.data.latents import LatentBatches, LatentCache, SampleRule
+from refiners.training.data.latents import Conditioning, LatentBatches, LatentCache, SampleRule
 from refiners.training.data.pictures import DataError, DataWarning, decode, read_folder, read_hub, with_captions
+from refiners.training.data.scenes import draw_pictures
 
 SIZES = [(32, 32), (24, 40), (40, 24)]
 
@@ -196,6 +200,84 @@ def test_masks_follow_their_pictures(tmp_path: Path) -> None:
     assert batch.masks is not None and sorted(batch.masks.mean((1, 2, 3)).tolist()) == [0.5, 1.0]
 
 
+GREY = Conditioning(lambda image: image_to_tensor(image.convert("L"))[0], mark="grey")
+
+
+def write_conditioning(folder: Path, count: int) -> None:
+    """A picture each of which the left half is black, of twice the size."""
+    folder.mkdir(parents=True)
+    for index in range(count):
+        image = Image.new("RGB", (64, 64), "white")
+        image.paste("black", (0, 0, 32, 64))
+        image.save(folder / f"{index:02d}.png")
+
+
+def test_conditioning_pictures_are_found_by_name_and_in_the_metadata_and_are_no_samples(tmp_path: Path) -> None:
+    write_pictures(tmp_path, 3)
+    write_conditioning(tmp_path / "edges", 2)
+    pictures = read_folder(tmp_path, conditioning_folder=tmp_path / "edges")
+    found = {Path(picture.name).name: picture.conditioning for picture in pictures}
+    assert [name for name, read in found.items() if read] == ["00.png", "01.png"] and found["02.png"] is None
+    rows = [{"file_name": f"{name}.png", "text": name, "conditioning_image": "edges/01.png"} for name in ("00", "02")]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "edges" / "00.png").unlink()
+    pictures = read_folder(tmp_path)
+    assert [bool(picture.conditioning) for picture in pictures] == [True, False, True]
+
+
+def test_conditioning_follows_its_picture_in_size_and_flips_and_is_dropped_as_often_as_asked(tmp_path: Path) -> None:
+    write_pictures(tmp_path / "pictures", 2)
+    write_conditioning(tmp_path / "edges", 2)
+    pictures = with_captions(read_folder(tmp_path / "pictures", conditioning_folder=tmp_path / "edges"), "stop")
+    cache = LatentCache(TensorCache(None), lambda pixels: pixels, "encoder", SIZES, 1, True, GREY)
+    items = cache.items(pictures, "stop")
+    left = torch.tensor([0.0, 1.0]).repeat_interleave(16).expand(1, 32, 32)
+    plain, flipped = items[0].read(False)["conditioning"], items[0].read(True)["conditioning"]
+    assert torch.equal(plain.round(), left) and torch.equal(flipped, plain.flip(-1))
+    batch = LatentBatches(items, 2, SampleRule(seed=0), None).get(0, 0, 0, 1)
+    assert batch.conditioning is not None and torch.equal(batch.conditioning, plain.expand(2, 1, 32, 32))
+    batches = LatentBatches(items, 2, SampleRule(seed=0, conditioning_drop_probability=0.25), None)
+    drawn = [batches.get(epoch, 0, 0, 1).conditioning for epoch in range(200)]
+    dropped = torch.cat([each.amax((1, 2, 3)) == 0 for each in drawn if each is not None])
+    assert len(dropped) == 400 and 0.18 < dropped.float().mean() < 0.32
+
+
+def test_a_picture_without_conditioning_is_led_by_itself_or_an_error(tmp_path: Path) -> None:
+    pictures = with_captions(read_folder(write_pictures(tmp_path, 1)), "stop")
+    args = (TensorCache(None), lambda pixels: pixels, "encoder", SIZES, 1, False)
+    with pytest.raises(DataError, match=r"00\.png: there is no conditioning picture .*dataset\.conditioning_folder"):
+        LatentCache(*args, GREY).items(pictures, "stop")
+    (item,) = LatentCache(*args, replace(GREY, is_its_own=True)).items(pictures, "stop")
+    tensors = item.read(False)
+    assert torch.equal(tensors["conditioning"][0] > 0.9, tensors["latents"].amin(0) > 0.9)
+
+
+def test_conditioning_is_part_of_what_tells_entries_of_the_cache_apart(tmp_path: Path) -> None:
+    pictures = with_captions(read_folder(write_pictures(tmp_path, 1)), "stop")
+    keys: set[str] = set()
+    for conditioning in (None, GREY, replace(GREY, mark="other")):
+        own = conditioning and replace(conditioning, is_its_own=True)
+        cache = LatentCache(TensorCache(None), lambda pixels: pixels, "encoder", SIZES, 1, False, own)
+        keys.add(cache.items(pictures, "stop")[0].key)
+    led = replace(pictures[0], conditioning=lambda: (tmp_path / "00.png").read_bytes() + b" ")
+    keys.add(LatentCache(TensorCache(None), lambda x: x, "encoder", SIZES, 1, False, GREY).items([led], "stop")[0].key)
+    assert len(keys) == 4
+
+
+def test_drawn_scenes_are_the_same_each_time_and_say_nothing_of_places() -> None:
+    first, again = draw_pictures(12, "edges", seed=3), draw_pictures(12, "edges", seed=3)
+    other = draw_pictures(12, "edges", seed=4)
+    contents = [
+        [(p.read(), p.caption, p.conditioning and p.conditioning()) for p in each] for each in (first, again, other)
+    ]
+    assert contents[0] == contents[1] != contents[2]
+    for picture in first:
+        assert picture.caption is not None
+        request = parse_caption(picture.caption)
+        (scene,) = read_scenes([decode(picture.read(), picture.name)])
+        assert not request.asks_for_places and Counter(request.things) == Counter(scene.things)
+
+
 def test_buckets_have_about_the_area_and_all_fit() -> None:
     sizes = bucket_sizes(512, 64, 2)
     assert (512, 512) in sizes and all(width % 64 == height % 64 == 0 for width, height in sizes)
@@ -264,13 +346,19 @@ def test_a_sample_depends_on_its_place_alone(tmp_path: Path) -> None:
 def test_a_data_set_of_the_hub_is_read_by_column(tmp_path: Path) -> None:
     datasets: Any = pytest.importorskip("datasets")
     write_pictures(tmp_path / "data", 3)
-    rows = [{"file_name": f"{index:02d}.png", "caption": f"number {index}"} for index in range(3)]
+    write_conditioning(tmp_path / "data" / "edges", 3)
+    rows = [
+        {"file_name": f"{index:02d}.png", "caption": f"number {index}", "edges_file_name": f"edges/{index:02d}.png"}
+        for index in range(3)
+    ]
     for path in (tmp_path / "data").glob("*.txt"):
         path.unlink()
     (tmp_path / "data" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     datasets.config.HF_DATASETS_CACHE = tmp_path / "cache"
-    pictures = read_hub(str(tmp_path / "data"), caption_column="caption")
+    pictures = read_hub(str(tmp_path / "data"), caption_column="caption", conditioning_column="edges")
     assert [picture.caption for picture in pictures] == ["number 0", "number 1", "number 2"]
     assert decode(pictures[1].read(), "1").size == (32, 32)
+    assert pictures[1].conditioning and decode(pictures[1].conditioning(), "1").size == (64, 64)
+    assert read_hub(str(tmp_path / "data"), caption_column="caption")[1].conditioning is None
     with pytest.raises(DataError, match="there is no column 'text', only image, caption"):
         read_hub(str(tmp_path / "data"))

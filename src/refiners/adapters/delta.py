@@ -37,7 +37,7 @@ class Delta(Module, ABC):
     def __init__(self, name: str, scale: Scale = 1.0) -> None:
         super().__init__()
         self.name = name
-        self._scale = _checked_scale(scale)
+        self._scale = checked_scale(scale)
         self._has_one_scale = isinstance(self._scale, float)
         self._is_enabled = True
         self.register_buffer("factor", None, persistent=False)
@@ -108,7 +108,7 @@ class Delta(Module, ABC):
     def scaled(self, update: Tensor) -> Tensor:
         """An update of a layer's output (B, ...) times the factor, each sample by its own if there are several."""
         factor = self.factor.to(update.dtype)
-        return update * (factor if factor.ndim == 0 else _for_batch(factor, update))
+        return update * (factor if factor.ndim == 0 else for_batch(factor, update))
 
     @property
     def scale(self) -> float | tuple[float, ...]:
@@ -121,7 +121,7 @@ class Delta(Module, ABC):
 
     @scale.setter
     def scale(self, value: Scale) -> None:
-        self._scale = _checked_scale(value)
+        self._scale = checked_scale(value)
         self._has_one_scale = isinstance(self._scale, float)
         self._update_factor()
 
@@ -259,11 +259,13 @@ def repeated(factor: Tensor, batch_size: int) -> Tensor:
     return factor.repeat(batch_size // count, *[1] * (factor.ndim - 1)) if batch_size != count else factor
 
 
-def _for_batch(factor: Tensor, update: Tensor) -> Tensor:
+def for_batch(factor: Tensor, update: Tensor) -> Tensor:
+    """Factors (n,) of samples in turn, to be multiplied with (B, ...). Raises ValueError as `repeated`."""
     return repeated(factor, update.shape[0]).view(-1, *[1] * (update.ndim - 1))
 
 
-def _checked_scale(scale: Scale) -> float | tuple[float, ...]:
+def checked_scale(scale: Scale) -> float | tuple[float, ...]:
+    """The scale as it is kept. Raises ValueError if a number is not finite, or there is none."""
     if isinstance(scale, int | float):
         return _checked_number("scale", scale)
     if not scale:
@@ -273,5 +275,5 @@ def _checked_scale(scale: Scale) -> float | tuple[float, ...]:
 
 def _checked_number(name: str, value: float) -> float:
     if not math.isfinite(value):
-        raise ValueError(f"the {name} of a weight update must be a finite number, not {value}")
+        raise ValueError(f"the {name} of an adapter must be a finite number, not {value}")
     return float(value)

@@ -26,7 +26,7 @@ Form = Annotated[
 Half = Annotated[bool, typer.Option("--half", help="Write float16; by default the dtype stays as it is.")]
 ModelName = Annotated[
     str | None,
-    typer.Option("--model", metavar="MODEL", help="Of a LoRA: the model it is for, if not Stable Diffusion 1."),
+    typer.Option("--model", metavar="MODEL", help="Of a LoRA: the model it is for, if not a released one."),
 ]
 
 
@@ -58,11 +58,11 @@ def _convert_model(source: str, target: Path, form: str, half: bool, model: str 
 
 
 def _convert_lora(source: str, target: Path, form: str, half: bool, model: str | None) -> None:
-    from refiners.cli.sources import empty_model
+    from refiners.cli.sources import empty_model, empty_model_for_lora
     from refiners.foundationals.latent_diffusion.lora import compare_loras, convert_lora, inspect_lora
 
     typer.echo(f"read {inspect_lora(source)}")
-    tree = empty_model(model)
+    tree = empty_model(model) if model else empty_model_for_lora(source)
     count = convert_lora(source, target, tree, format=form, dtype=as_dtype(half))
     typer.echo(f"wrote {target} ({form}{', float16' if half else ''}): {count} updates")
     typer.echo(f"read it again: {compare_loras(source, target, tree)}")

@@ -35,6 +35,29 @@ Mask = Annotated[str | None, typer.Option(metavar="PICTURE", help="Change only w
 Loras = Annotated[
     list[str] | None, typer.Option("--lora", metavar="FILE[:SCALE]", help="Add this LoRA. Repeat it for several.")
 ]
+Controls = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--control",
+        metavar="FILE:PICTURE[:SCALE]",
+        help="Lead by a picture, with a ControlNet, a Control-LoRA or a T2I-Adapter. Repeat it for several.",
+    ),
+]
+IPAdapterFile = Annotated[
+    str | None, typer.Option("--ip-adapter", metavar="FILE[:SCALE]", help="What reads pictures as prompts.")
+]
+ImagePrompts = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--image-prompt",
+        metavar="PICTURE[:SCALE]",
+        help="A picture as a prompt besides the text. Repeat it for several.",
+    ),
+]
+ImageEncoder = Annotated[
+    str | None,
+    typer.Option(metavar="FILE", help="For --ip-adapter. By default in the folder image_encoder beside its file."),
+]
 ModelName = Annotated[
     str | None,
     typer.Option("--model", metavar="MODEL", help="A folder, a file, or owner/name on the hub. By default `builtin`."),
@@ -68,6 +91,10 @@ def generate(
     strength: Strength = None,
     mask: Mask = None,
     loras: Loras = None,
+    controls: Controls = None,
+    ip_adapter: IPAdapterFile = None,
+    image_prompts: ImagePrompts = None,
+    image_encoder: ImageEncoder = None,
     model: ModelName = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -90,6 +117,10 @@ def generate(
         "strength": strength,
         "mask": mask,
         "loras": tuple(loras) if loras else None,
+        "controls": tuple(controls) if controls else None,
+        "ip_adapter": ip_adapter,
+        "image_prompts": tuple(image_prompts) if image_prompts else None,
+        "image_encoder": image_encoder,
         "model": model,
         "device": device,
         "dtype": dtype,

@@ -11,7 +11,7 @@ Target = Annotated[str, typer.Argument(metavar="MODEL_OR_FILE", help="As --model
 Depth = Annotated[int, typer.Option(min=0, help="How many levels of the tree to show.")]
 ModelName = Annotated[
     str | None,
-    typer.Option("--model", metavar="MODEL", help="Of a LoRA: the model to attach to, if not Stable Diffusion 1."),
+    typer.Option("--model", metavar="MODEL", help="Of a LoRA: the model to attach to, if not a released one."),
 ]
 
 

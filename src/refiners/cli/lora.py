@@ -9,7 +9,7 @@ from refiners.cli.convert import Half, as_dtype
 from refiners.cli.errors import Debug, reported_errors
 
 if TYPE_CHECKING:
-    from refiners.foundationals.latent_diffusion import StableDiffusion_1
+    from refiners.foundationals.latent_diffusion import StableDiffusion
     from refiners.foundationals.latent_diffusion.lora import LoraLosses
 
 app = typer.Typer(
@@ -35,7 +35,7 @@ ModelName = Annotated[
     typer.Option(
         "--model",
         metavar="MODEL",
-        help="The model that the files are for, if not Stable Diffusion 1. DoRA, OFT and the like need one with its "
+        help="The model that the files are for, if not a released one. DoRA, OFT and the like need one with its "
         "weights.",
     ),
 ]
@@ -59,7 +59,7 @@ def combine(
         weights: dict[str, float] = {}
         for path, weight in map(split_scale, sources):
             weights[path] = weights.get(path, 0.0) + weight
-        _report(combine_loras(weights, target, _model(model), rank, form, as_dtype(half)))
+        _report(combine_loras(weights, target, _model(model, next(iter(weights))), rank, form, as_dtype(half)))
 
 
 @app.command()
@@ -77,7 +77,7 @@ def resize(
     with reported_errors(debug):
         from refiners.foundationals.latent_diffusion.lora import resize_lora
 
-        _report(resize_lora(source, target, _model(model), rank, energy, form, as_dtype(half)))
+        _report(resize_lora(source, target, _model(model, source), rank, energy, form, as_dtype(half)))
 
 
 @app.command("to-lora")
@@ -95,7 +95,7 @@ def become_lora(
     with reported_errors(debug):
         from refiners.foundationals.latent_diffusion.lora import to_lora
 
-        _report(to_lora(source, target, _model(model), rank, energy, form, as_dtype(half)))
+        _report(to_lora(source, target, _model(model, source), rank, energy, form, as_dtype(half)))
 
 
 @app.command()
@@ -121,19 +121,19 @@ def extract(
         _report(extract_lora(ours, theirs, target, rank, energy, is_complete, form, as_dtype(half)))
 
 
-def _model(where: str | None) -> "StableDiffusion_1":
-    """The named model with its weights, which are only mapped into memory; or the tree of Stable Diffusion 1."""
-    from refiners.cli.sources import empty_model
+def _model(where: str | None, lora: Path | str) -> "StableDiffusion":
+    """The named model with its weights, which are only mapped into memory; or the tree of the one that a LoRA is of."""
+    from refiners.cli.sources import empty_model_for_lora
 
-    return empty_model() if where is None else _loaded(where)
+    return empty_model_for_lora(str(lora)) if where is None else _loaded(where)
 
 
-def _loaded(where: str) -> "StableDiffusion_1":
+def _loaded(where: str) -> "StableDiffusion":
     from refiners.cli.sources import check_is_model
-    from refiners.foundationals.latent_diffusion import StableDiffusion_1
+    from refiners.foundationals.latent_diffusion import StableDiffusion
 
     check_is_model(where)
-    return StableDiffusion_1.from_pretrained(where)
+    return StableDiffusion.from_pretrained(where)
 
 
 def _report(losses: "LoraLosses") -> None:

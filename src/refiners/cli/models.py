@@ -3,15 +3,15 @@
 import torch
 
 from refiners.cli.sources import check_is_model
-from refiners.foundationals.latent_diffusion import StableDiffusion_1
+from refiners.foundationals.latent_diffusion import StableDiffusion
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def load_model(where: str, device: torch.device, dtype: torch.dtype) -> StableDiffusion_1:
+def load_model(where: str, device: torch.device, dtype: torch.dtype) -> StableDiffusion:
     """Load a model. Raises ValueError for files that are damaged or of another kind, FileNotFoundError if none."""
     check_is_model(where)
-    return StableDiffusion_1.from_pretrained(where, device=device, dtype=dtype)
+    return StableDiffusion.from_pretrained(where, device=device, dtype=dtype)
 
 
 def choose_device(name: str) -> torch.device:

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import typer
-from PIL import Image, ImageOps
 
+from refiners.cli.conditioning import default_image_encoder, lead
 from refiners.cli.models import choose_device, choose_dtype, load_model
-from refiners.cli.settings import Settings, check_digests, png_texts, read_settings
-from refiners.foundationals.latent_diffusion import StableDiffusion_1, StableDiffusion_1_Inpainting
+from refiners.cli.settings import FILE_SETTINGS, Settings, check_digests, png_texts, read_settings
+from refiners.cli.sources import open_picture
+from refiners.foundationals.latent_diffusion import StableDiffusion
 from refiners.foundationals.latent_diffusion.lora import LoraWeights
 from refiners.solvers import SOLVERS, solver_by_name
 from refiners.weights.header import check_is_file
@@ -50,9 +51,7 @@ def _settings(given: Mapping[str, Any], like: Path | None) -> Settings:
     check_is_file(like)
     recorded, digests = read_settings(like)
     settings = recorded.changed(**given)
-    untouched = Settings().changed(
-        **{name: getattr(recorded, name) for name in ("init_image", "mask", "loras") if given[name] is None}
-    )
+    untouched = Settings().changed(**{name: getattr(recorded, name) for name in FILE_SETTINGS if given[name] is None})
     _check_files(untouched)
     check_digests(untouched.files(), digests)
     if given["device"] is None:
@@ -98,6 +97,8 @@ def _check(pictures: Sequence[Settings]) -> None:
     settings = pictures[0]
     if settings.mask and not settings.init_image:
         raise ValueError("a mask says what to change of a picture, but there is none: give --init-image too")
+    if bool(settings.ip_adapter) != bool(settings.scaled_image_prompts()):
+        raise ValueError("an IP-Adapter and pictures as prompts go together: give --ip-adapter and --image-prompt")
     if settings.solver:
         solver_by_name(settings.solver)
     settings.height_and_width()
@@ -110,15 +111,20 @@ def _check_files(settings: Settings) -> None:
             check_is_file(path)
 
 
-def _prepared(settings: Settings) -> tuple[StableDiffusion_1, Settings]:
+def _prepared(settings: Settings) -> tuple[StableDiffusion, Settings]:
     """The model with its LoRAs, and the settings with what follows from the model."""
     device = choose_device(settings.device)
     dtype = choose_dtype(settings.dtype, device)
     model = load_model(settings.model, device, dtype)
-    if isinstance(model, StableDiffusion_1_Inpainting) and not settings.mask:
+    if model.spec.is_inpainting and not settings.mask:
         raise ValueError(f"{settings.model}: this model fills in pictures: give it --init-image and --mask")
     for file, scale in settings.scaled_loras():
         typer.echo(str(LoraWeights(file).patch(model, scale=scale)), err=True)
+    if settings.ip_adapter and not settings.image_encoder:
+        encoder = default_image_encoder(settings.scaled_ip_adapter()[0], settings.model)
+        settings = replace(settings, image_encoder=encoder)
+    first = open_picture(settings.init_image) if settings.init_image else None
+    lead(model, settings, settings.height_and_width() or model.size_for(first))
     own_solver = next(name for name, solver in SOLVERS.items() if isinstance(model.solver, solver))
     return model, replace(
         settings,
@@ -130,7 +136,7 @@ def _prepared(settings: Settings) -> tuple[StableDiffusion_1, Settings]:
     )
 
 
-def make_picture(model: StableDiffusion_1, settings: Settings, path: Path) -> None:
+def make_picture(model: StableDiffusion, settings: Settings, path: Path) -> None:
     """Make one picture and write it, with its settings in it. Raises ValueError if they do not fit the model."""
     image = model.generate(
         settings.prompt,
@@ -147,15 +153,6 @@ def make_picture(model: StableDiffusion_1, settings: Settings, path: Path) -> No
         show_progress=sys.stdout.isatty(),
     )[0]
     image.save(path, pnginfo=png_texts(replace(settings, size=f"{image.width}x{image.height}")))
-
-
-def open_picture(path: str) -> Image.Image:
-    """A picture, the right way up. Raises OSError if it is none, ValueError if it is far too large."""
-    try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image)
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"{path}: {error}; make it smaller first") from error
 
 
 def picture_paths(out: Path, pictures: Sequence[Settings]) -> list[Path]:

@@ -9,9 +9,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from refiners.cli.sources import empty_model
+from refiners.cli.sources import empty_model, empty_model_for_lora
 from refiners.fluxion.tree import readable_count
 from refiners.foundationals.clip.names import text_encoder_names
+from refiners.foundationals.clip.open_clip import separated
 from refiners.foundationals.latent_diffusion import (
     StableDiffusionSpec,
     autoencoder_names,
@@ -27,20 +28,28 @@ from refiners.weights.rules import Names
 from refiners.weights.torch_files import is_torch_file, read_torch
 
 PARTS = ("clip_text_encoder", "unet", "lda")
+LOADABLE = (Family.SD1, Family.SDXL, None)
 MAX_GROUPS = 12  # a table of more lines than this says less than none
 MAX_VALUE_LENGTH = 160
+Rules = Callable[[StableDiffusionSpec], tuple[str, Names]]
+
+
+def _text_encoder_rules(spec: StableDiffusionSpec) -> tuple[str, Names]:
+    """Those of the last text encoder, by which models of several are told."""
+    name, text = list(spec.text_encoders.items())[-1]
+    path = spec.text_encoder_paths[name]
+    return f"clip_text_encoder.{path}.".replace("..", "."), text_encoder_names(text)
+
+
 # What a file can be held against: the part of the model that it is ("" for all), and its names.
-RULES: dict[tuple[Content, str], tuple[str, Callable[[StableDiffusionSpec], Names]]] = {
-    (Content.CHECKPOINT, "the original files"): ("", single_file.names),
-    (Content.UNET, "diffusers"): ("unet.", lambda spec: unet_names.diffusers_names(spec.unet)),
-    (Content.UNET, "Refiners"): ("unet.", lambda spec: UNCHANGED),
-    (Content.AUTOENCODER, "diffusers"): ("lda.", lambda spec: autoencoder_names.diffusers_names(spec.autoencoder)),
-    (Content.AUTOENCODER, "Refiners"): ("lda.", lambda spec: UNCHANGED),
-    (Content.TEXT_ENCODER, "transformers"): (
-        "clip_text_encoder.",
-        lambda spec: text_encoder_names(spec.text_encoder),
-    ),
-    (Content.TEXT_ENCODER, "Refiners"): ("clip_text_encoder.", lambda spec: UNCHANGED),
+RULES: dict[tuple[Content, str], Rules] = {
+    (Content.CHECKPOINT, "the original files"): lambda spec: ("", single_file.names(spec)),
+    (Content.UNET, "diffusers"): lambda spec: ("unet.", unet_names.diffusers_names(spec.unet)),
+    (Content.UNET, "Refiners"): lambda spec: ("unet.", UNCHANGED),
+    (Content.AUTOENCODER, "diffusers"): lambda spec: ("lda.", autoencoder_names.diffusers_names(spec.autoencoder)),
+    (Content.AUTOENCODER, "Refiners"): lambda spec: ("lda.", UNCHANGED),
+    (Content.TEXT_ENCODER, "transformers"): _text_encoder_rules,
+    (Content.TEXT_ENCODER, "Refiners"): lambda spec: ("clip_text_encoder.", UNCHANGED),
 }
 
 
@@ -80,13 +89,14 @@ def report_file(path: Path, depth: int) -> None:
         for key, value in read_header(path).metadata.items():
             console.print(f"{key}: {value if len(value) <= MAX_VALUE_LENGTH else value[:MAX_VALUE_LENGTH] + '…'}")
     console.print(described_fit(path, identity, tensors))
-    if identity.content is Content.CHECKPOINT and identity.family in (Family.SD1, None):
+    if identity.content is Content.CHECKPOINT and identity.family in LOADABLE:
         report_model(str(path), depth)
 
 
 def report_lora(where: str, model: str | None) -> None:
-    """Print what a LoRA is, and what of it would attach to a model: by default Stable Diffusion 1."""
-    _console().print(str(inspect_lora(where, empty_model(model))))
+    """Print what a LoRA is, and what of it would attach to a model: by default the released one of its family."""
+    tree = empty_model(model) if model else empty_model_for_lora(where)
+    _console().print(str(inspect_lora(where, tree)))
 
 
 def read_shapes(path: Path) -> dict[str, Tensor]:
@@ -108,19 +118,21 @@ def _torch_shape(dtype: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def described_fit(path: Path, identity: Identity, tensors: Mapping[str, Tensor]) -> str:
-    """Whether every tensor of a file has its place in Stable Diffusion 1."""
+    """Whether every tensor of a file has its place in a model of its family, by default Stable Diffusion 1."""
     if (identity.content, identity.form) not in RULES:
         return "what it would fit is not known"
-    prefix, names = RULES[identity.content, identity.form]
     is_whole = identity.content is Content.CHECKPOINT
-    model = empty_model(str(path) if is_whole and identity.family in (Family.SD1, None) else None)
+    is_loadable = is_whole and identity.family in LOADABLE
+    model = empty_model(str(path)) if is_loadable else empty_model(family=identity.family)
+    prefix, names = RULES[identity.content, identity.form](model.spec)
     shapes = {
         name.removeprefix(prefix): tensor.shape
         for name, tensor in model.state_dict().items()
         if name.startswith(prefix)
     }
-    matched, misfits = match(tensors, names(model.spec), shapes)
-    what = f"{prefix.removesuffix('.') or 'all'} of {Family.SD1}"
+    tensors = separated(tensors) if is_whole else tensors
+    matched, misfits = match(tensors, names, shapes)
+    what = f"{prefix.removesuffix('.') or 'all'} of {model.spec.family}"
     return f"does not fit {what}: {misfits}" if str(misfits) else f"fits {what}: {len(matched)} tensors have a place"
 
 

@@ -7,6 +7,7 @@ introduced and other programs show.
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +17,9 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 JSON_KEY, TEXT_KEY = "refiners", "parameters"
+BUILTIN = "builtin"  # what comes with the package
+# The settings that name files, besides the model.
+FILE_SETTINGS = ("init_image", "mask", "loras", "controls", "ip_adapter", "image_prompts", "image_encoder")
 # What A1111's web UI calls our solvers.
 SAMPLER_NAMES = {
     "ddim": "DDIM",
@@ -34,6 +38,8 @@ class Settings:
 
     size: width and height in pixels, such as "512x768".
     init_image, mask, loras, model: as the user named them; a LoRA may end with `:SCALE`.
+    controls: `FILE:PICTURE`, of a ControlNet and the like and the picture it sees; may end with `:SCALE`.
+    ip_adapter, image_prompts: a file, and pictures for it; each may end with `:SCALE`.
     """
 
     prompt: str = ""
@@ -47,7 +53,11 @@ class Settings:
     strength: float = 0.75
     mask: str | None = None
     loras: tuple[str, ...] = ()
-    model: str = "builtin"
+    controls: tuple[str, ...] = ()
+    ip_adapter: str | None = None
+    image_prompts: tuple[str, ...] = ()
+    image_encoder: str | None = None
+    model: str = BUILTIN
     device: str = "auto"
     dtype: str = "auto"
     tile_size: int | None = None
@@ -69,10 +79,26 @@ class Settings:
         """File and scale of each LoRA; 1 if none is given. A file of the whole name, colon and all, comes first."""
         return [split_scale(text) for text in self.loras if text]
 
+    def scaled_controls(self) -> list[tuple[str, str, float]]:
+        """File, picture and scale of each control. Raises ValueError if a text does not read so."""
+        return [split_control(text) for text in self.controls if text]
+
+    def scaled_ip_adapter(self) -> tuple[str, float]:
+        """File and scale of the IP-Adapter, if there is one."""
+        return split_scale(self.ip_adapter or "")
+
+    def scaled_image_prompts(self) -> list[tuple[str, float]]:
+        """File and scale of each picture that is a prompt."""
+        return [split_scale(text) for text in self.image_prompts if text]
+
     def files(self) -> list[Path]:
         """The files, besides the model, that the picture depends on."""
-        loras = [file for file, _ in self.scaled_loras()]
-        return [Path(name) for name in (self.init_image, self.mask, *loras) if name]
+        names = [self.init_image, self.mask, *(file for file, _ in self.scaled_loras())]
+        names += [name for file, picture, _ in self.scaled_controls() for name in (file, picture)]
+        if self.ip_adapter:
+            names += [self.scaled_ip_adapter()[0], *(file for file, _ in self.scaled_image_prompts())]
+            names += [self.image_encoder] if self.image_encoder != BUILTIN else []
+        return [Path(name) for name in names if name]
 
 
 def split_scale(text: str) -> tuple[str, float]:
@@ -86,6 +112,24 @@ def split_scale(text: str) -> tuple[str, float]:
         if Path(file).exists():
             raise ValueError(f"the scale of {text!r} should be a number, such as {file}:0.8") from None
         return text, 1.0
+
+
+def split_control(text: str) -> tuple[str, str, float]:
+    """`FILE:PICTURE:SCALE` as two files that exist and a scale, 1 if none is given. Raises ValueError for others."""
+    wholes = [(text, 1.0)]
+    head, _, tail = text.rpartition(":")
+    with suppress(ValueError):
+        wholes.append((head, float(tail)))
+    for whole, scale in wholes:
+        parts = whole.split(":")
+        for index in range(1, len(parts)):
+            file, picture = ":".join(parts[:index]), ":".join(parts[index:])
+            if Path(file).exists() and Path(picture).is_file():
+                return file, picture, scale
+    raise ValueError(
+        f"the control {text!r} should be FILE:PICTURE or FILE:PICTURE:SCALE, such as canny.safetensors:edges.png:0.8, "
+        "and both files must be there"
+    )
 
 
 def png_texts(settings: Settings) -> PngInfo:
@@ -113,6 +157,10 @@ def readable_text(settings: Settings) -> str:
         "Size": settings.size,
         "Model": Path(settings.model).stem,
         "Denoising strength": f"{settings.strength:g}" if settings.init_image else None,
+        **{
+            f"ControlNet {index}": f'"Model: {Path(file).stem}, Weight: {scale:g}"'
+            for index, (file, _, scale) in enumerate(settings.scaled_controls())
+        },
         "Version": f"refiners {version('refiners')}",
     }
     lines = [
@@ -157,14 +205,15 @@ def _settings_from(entries: dict[str, Any]) -> Settings:
     for name, value in entries.items():
         if name not in types:
             raise ValueError(f"this version of refiners does not know {name!r}; a newer one may")
-        read[name] = _read_loras(value) if name == "loras" else _checked(name, value, types[name])
+        is_list = types[name] == tuple[str, ...]
+        read[name] = _read_list(name, value) if is_list else _checked(name, value, types[name])
     return Settings(**read)
 
 
-def _read_loras(value: Any) -> tuple[str, ...]:
+def _read_list(name: str, value: Any) -> tuple[str, ...]:
     if not isinstance(value, list):
-        raise ValueError(f"'loras' should be a list, but it is {value!r:.80}")
-    return tuple(_checked("loras", each, str) for each in cast("list[Any]", value))
+        raise ValueError(f"{name!r} should be a list, but it is {value!r:.80}")
+    return tuple(_checked(name, each, str) for each in cast("list[Any]", value))
 
 
 def _checked(name: str, value: Any, kind: Any) -> Any:
@@ -181,7 +230,7 @@ def check_digests(files: list[Path], digests: Mapping[str, str]) -> None:
         if digests.get(str(path)) not in (None, digest(path)):
             raise ValueError(
                 f"{path}: this file is not the one that the picture was made with, or has changed since; to use it all "
-                "the same, name it with --init-image, --mask or --lora"
+                "the same, name it with its option, such as --init-image, --lora or --control"
             )
 
 

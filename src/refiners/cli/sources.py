@@ -2,7 +2,10 @@
 
 from pathlib import Path
 
-from refiners.foundationals.latent_diffusion import StableDiffusion_1
+from PIL import Image, ImageOps
+
+from refiners.foundationals.latent_diffusion import StableDiffusion, StableDiffusion_1, StableDiffusion_XL
+from refiners.foundationals.latent_diffusion.lora import inspect_lora
 from refiners.foundationals.latent_diffusion.pretrained import find_source
 from refiners.weights.formats import Content, Family, identify_file
 
@@ -30,11 +33,27 @@ def check_is_model(where: str) -> None:
         raise ValueError(f"{where}: this is no model, but a {identity}; name the model here, and the LoRA with --lora")
     if identity.content not in (Content.CHECKPOINT, Content.UNKNOWN):
         raise ValueError(f"{where}: this is no whole model, but {identity}; give the file or folder of a whole model")
-    if identity.family not in (Family.SD1, None):
-        raise ValueError(f"{where}: this is a {identity}, but only {Family.SD1} can be loaded so far")
+    if identity.family not in (Family.SD1, Family.SDXL, None):
+        raise ValueError(f"{where}: this is a {identity}, but only {Family.SD1} and {Family.SDXL} can be loaded so far")
 
 
-def empty_model(where: str | None = None) -> StableDiffusion_1:
-    """The tree of a model on the meta device: that of `where`, or by default Stable Diffusion 1's."""
-    default = StableDiffusion_1.default_spec
-    return StableDiffusion_1(device="meta", spec=find_source(where).spec(default) if where else default)
+def empty_model(where: str | None = None, family: Family | None = None) -> StableDiffusion:
+    """The tree of a model on the meta device: that of `where`, or else the one of a family."""
+    if where is None:
+        return (StableDiffusion_XL if family is Family.SDXL else StableDiffusion_1)(device="meta")
+    spec = find_source(where).spec(StableDiffusion.known_specs())
+    return StableDiffusion.class_for(spec, where)(device="meta", spec=spec)
+
+
+def empty_model_for_lora(where: str) -> StableDiffusion:
+    """The tree of the released model of the family that a LoRA is of, or of Stable Diffusion 1 if it does not tell."""
+    return empty_model(family=inspect_lora(where).identity.family)
+
+
+def open_picture(path: str) -> Image.Image:
+    """A picture, the right way up. Raises OSError if it is none, ValueError if it is far too large."""
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image)
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{path}: {error}; make it smaller first") from error

@@ -161,5 +161,7 @@ FREE_TO_CHANGE = (
     "wandb.",
     "test_diffusion.",
     "dataset.folder",
+    "dataset.conditioning_folder",
     "dataset.cache_folder",
+    "dataset.scenes.judged",
 )

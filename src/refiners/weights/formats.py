@@ -87,11 +87,13 @@ _SIGNATURES = (
     _Signature(Content.TRANSFORMER, _ORIGINAL, ("joint_blocks.#.x_block",), "model.diffusion_model."),
     _Signature(Content.TRANSFORMER, "diffusers", ("transformer_blocks.0.attn.", "x_embedder.")),
     _Signature(Content.CONTROLNET, "diffusers", ("controlnet_cond_embedding.", "controlnet_down_blocks.")),
-    _Signature(Content.CONTROLNET, _ORIGINAL, ("input_hint_block.", "zero_convs."), "control_model."),
     _Signature(Content.CONTROLNET, "Stability AI's control LoRAs", ("lora_controlnet",)),
+    _Signature(Content.CONTROLNET, _ORIGINAL, ("input_hint_block.", "zero_convs."), "control_model."),
+    _Signature(Content.CONTROLNET, "Refiners", ("SetContextDefault.ConditionEncoder.", "ControlOutputs.")),
     _Signature(Content.IP_ADAPTER, "its authors", ("image_proj.", "ip_adapter.")),
     _Signature(Content.T2I_ADAPTER, "diffusers", ("adapter.body.#.resnets.",)),
     _Signature(Content.T2I_ADAPTER, "its authors", ("body.#.block1.", "conv_in.")),
+    _Signature(Content.T2I_ADAPTER, "Refiners", ("Cascade.FeatureLevel_#.",)),
     _Signature(Content.UNET, "diffusers", ("down_blocks.0.", "up_blocks.0.", "mid_block.", "time_embedding.linear_1.")),
     _Signature(
         Content.UNET,
@@ -135,10 +137,11 @@ _FAMILY_MARKS = (  # patterns that are in the names of one family only
     (Family.FLUX, r"(?:^|.*[._])(?:double_blocks|single_blocks|single_transformer_blocks)[._]\d"),
     (Family.SD3, r"(?:^|.*[._])joint_blocks[._]\d"),
     (Family.SDXL, r"(?:lora_te2_|lora_te2\.|text_encoder_2\.|clip_g(?:\.|$)|conditioner\.embedders\.1\.)"),
+    (Family.SDXL, r"(?:conditioner\.embedders\.0\.|text_encoders\.clip_g\.|add_embedding\.linear_1\.)"),
     (Family.SD2, r"cond_stage_model\.model\.transformer\.resblocks\."),
     (Family.SD1, r"cond_stage_model\.transformer\.text_model\."),
 )
-_CROSS_ATTENTION = re.compile(r".*attn2[._](?:processor\.)?to_[kv](?:_lora)?\.(.+)$")
+_CROSS_ATTENTION = re.compile(r"(?:.*attn2[._](?:processor\.)?to_[kv](?:_lora)?|ip_adapter\.\d+\.to_[kv]_ip)\.(.+)$")
 A1111_NAMES = {"emb_params", "*"}  # of vectors, where the word is the name of the file
 _EMBEDDING = re.compile(r"(?:emb_params|clip_l|clip_g|<.+>|[^.]{1,60})")
 
@@ -211,7 +214,7 @@ def _text_widths(shapes: Shapes) -> Iterator[int]:
         if found is None or len(shape) < 2:
             continue
         key = split_key(name)
-        if found[1] == "weight" or (key is not None and key.part == "down"):
+        if found[1] in ("weight", "down") or (key is not None and key.part == "down"):
             yield shape[1]
 
 

@@ -18,6 +18,7 @@ from refiners.weights.pickles import MAX_PICKLE_BYTES, check_pickles, unreadable
 ZIP_START = b"PK\x03\x04"
 _OLDER_PICKLES = 5  # of torch's older format: what it is, its version, about the machine, the content, storage names
 _NESTED = ("state_dict", "string_to_param")  # of checkpoints, and of A1111's textual inversions
+_PARTS = {"image_proj", "ip_adapter"}  # of IP-Adapters, each a dict
 
 
 def is_torch_file(path: Path | str) -> bool:
@@ -32,7 +33,8 @@ def is_torch_file(path: Path | str) -> bool:
 def read_torch(path: Path | str, device: torch.device | str = "cpu") -> dict[str, Tensor]:
     """Read a torch file that holds a dict of tensors; memory-mapped where possible.
 
-    The dict is all of the file, or what it calls "state_dict", or "string_to_param" as in textual inversions.
+    The dict is all of the file, or what it calls "state_dict", or "string_to_param" as in textual inversions. The two
+    dicts in files of IP-Adapters become one, as `image_proj.…` and `ip_adapter.…`.
     Raises ValueError if the file holds anything else, is damaged, or wants to run code; FileNotFoundError,
     IsADirectoryError.
     """
@@ -110,6 +112,8 @@ def _tensors_in(path: Path | str, content: object) -> dict[str, Tensor]:
             if isinstance(nested, dict):
                 tensors, place = cast("object", nested), f"its {name}"
                 break
+        else:
+            tensors = _joined(cast("dict[object, object]", content))
     if not isinstance(tensors, dict):
         raise ValueError(f"{path}: {place} should hold a dict of tensors, but it is a {type(tensors).__name__}")
     found = cast("dict[object, object]", tensors)
@@ -123,6 +127,14 @@ def _tensors_in(path: Path | str, content: object) -> dict[str, Tensor]:
     for name in named:
         check_name(path, name)
     return named
+
+
+def _joined(content: dict[object, object]) -> dict[object, object]:
+    """One dict of the parts of an IP-Adapter; what is none stays as it is."""
+    if content.keys() != _PARTS or not all(isinstance(part, dict) for part in content.values()):
+        return content
+    parts = cast("dict[object, dict[object, object]]", content)
+    return {f"{part}.{name}": value for part, values in parts.items() for name, value in values.items()}
 
 
 def _list_kinds(found: Mapping[object, object], names: Iterable[object]) -> str:

@@ -173,6 +173,13 @@ def test_parallel_gives_every_child_the_same_inputs() -> None:
     assert fl.Parallel()(x()) == ()
 
 
+def test_cascade_returns_what_each_layer_of_a_chain_gives() -> None:
+    layer = fl.Cascade(fl.Lambda(lambda a, b: (a, b)), fl.Lambda(subtract), fl.Multiply(2))
+    pair, difference, doubled = layer(x(5.0), x(3.0))
+    assert [value.tolist() for value in (*pair, difference, doubled)] == [[5], [3], [2], [4]]
+    assert fl.Cascade()(x()) == ()
+
+
 def test_distribute_gives_each_child_its_own_input() -> None:
     a, b = fl.Distribute(fl.Multiply(2), fl.Multiply(bias=1))(x(), x())
     assert (a.tolist(), b.tolist()) == ([2, 4, 6], [2, 3, 4])

@@ -248,6 +248,25 @@ def test_set_context_stores_its_input_and_passes_it_on() -> None:
     assert chain.contexts == {}
 
 
+def test_set_context_default_makes_what_is_not_there_and_leaves_what_is() -> None:
+    chain = fl.Chain(
+        fl.SetContextDefault("side", "text", fl.Lambda(lambda x: x + 1), fl.Lambda(lambda x: 2 * x)), reader()
+    )
+    assert torch.equal(chain(X), 2 * (X + 1))
+    chain.set_context("side", {"other": "else"})
+    assert torch.equal(chain(X), 2 * (X + 1))
+    chain.set_context("side", {"text": "given"})
+    assert chain(X) == "given"
+    copy = chain.structural_copy()
+    assert torch.equal(copy(X), 2 * (X + 1)) and "key='text'" in repr(copy)
+
+
+def test_set_context_default_passes_its_inputs_on() -> None:
+    layer = fl.SetContextDefault("side", "text", fl.Lambda(lambda *inputs: len(inputs)))
+    chain = fl.Chain(fl.Parallel(layer, reader()))
+    assert chain(X) == (X, 1) and layer(X, X) == (X, X)
+
+
 def test_set_context_keeps_the_other_keys() -> None:
     chain = fl.Chain(fl.SetContext("side", "text"), fl.Parallel(reader(), reader("b")))
     chain.set_context("side", {"b": 2})

@@ -12,7 +12,7 @@ NAMES = [
     *("MultiLinear", "Conv2d", "ConvTranspose2d", "Embedding", "LayerNorm", "GroupNorm", "LayerNorm2d"),
     *("InstanceNorm2d", "RMSNorm", "SiLU", "ReLU", "GeLU", "GeLUApproximation", "Sigmoid", "GLU", "MaxPool1d"),
     *("MaxPool2d", "Downsample", "Upsample", "Interpolate", "PixelUnshuffle", "ReflectionPad2d"),
-    *("ScaledDotProductAttention", "Attention", "SelfAttention", "SelfAttention2d"),
+    *("ScaledDotProductAttention", "Attention", "SelfAttention", "SelfAttention2d", "SetContextDefault"),
 ]
 
 

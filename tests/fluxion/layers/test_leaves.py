@@ -169,6 +169,12 @@ WEIGHTLESS = {
         lambda: nn.MaxPool1d(3, stride=2, padding=1, dilation=2, ceil_mode=True),
         (2, 3, 10),
     ),
+    "avg pool 2d": Case(lambda: fl.AvgPool2d(2), lambda: nn.AvgPool2d(2), (1, 2, 7, 5)),
+    "avg pool 2d with options": Case(
+        lambda: fl.AvgPool2d((3, 2), stride=(2, 1), padding=1, ceil_mode=True),
+        lambda: nn.AvgPool2d((3, 2), stride=(2, 1), padding=1, ceil_mode=True),
+        (1, 2, 8, 5),
+    ),
     "max pool 2d": Case(lambda: fl.MaxPool2d(kernel_size=2), lambda: nn.MaxPool2d(2), (1, 2, 7, 5)),
     "max pool 2d with options": Case(
         lambda: fl.MaxPool2d((3, 2), stride=(2, 1), padding=1, dilation=(1, 2), ceil_mode=True),

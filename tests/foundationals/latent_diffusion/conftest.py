@@ -1,6 +1,6 @@
-"""Lets the tests of this folder import `diffusion_specimens`."""
+"""Lets the tests of this folder import `diffusion_specimens` and the like, and those of `control` too."""
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "control")]

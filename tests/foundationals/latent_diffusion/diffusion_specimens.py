@@ -11,8 +11,12 @@ from torch import Tensor, nn
 from refiners.foundationals.clip import CLIPTextSpec
 from refiners.foundationals.latent_diffusion import (
     AutoencoderSpec,
+    StableDiffusion,
     StableDiffusion_1,
     StableDiffusion_1_Inpainting,
+    StableDiffusion_XL,
+    StableDiffusion_XL_Inpainting,
+    StableDiffusion_XL_Refiner,
     StableDiffusionSpec,
     UNetSpec,
 )
@@ -26,6 +30,48 @@ SMALL = StableDiffusionSpec(
     default_size=64,
 )
 
+SMALL_XL = StableDiffusionSpec(
+    unet=UNetSpec(
+        channels=(32, 64),
+        transformer_layers=(0, 2),
+        num_heads=(2, 4),
+        text_dim=24 + 32,
+        norm_groups=8,
+        has_linear_projection=True,
+        pooled_text_dim=20,
+        num_time_ids=6,
+        time_id_waves=8,
+    ),
+    autoencoder=replace(SMALL.autoencoder, latent_scale=0.13025, needs_float32=True),
+    text_encoder=CLIPTextSpec(
+        embedding_dim=24, num_layers=3, num_attention_heads=2, feedforward_dim=64, use_quick_gelu=True, skipped_layers=1
+    ),
+    text_encoder_2=CLIPTextSpec(
+        embedding_dim=32,
+        num_layers=3,
+        num_attention_heads=4,
+        feedforward_dim=64,
+        pad_token_id=0,
+        skipped_layers=1,
+        projection_dim=20,
+    ),
+    default_size=64,
+    condition_scale=5.0,
+)
+SMALL_REFINER = replace(
+    SMALL_XL,
+    unet=replace(SMALL_XL.unet, text_dim=32, pooled_text_dim=32, num_time_ids=5),
+    text_encoder=None,
+    text_encoder_2=replace(SMALL_XL.text_encoder_2, projection_dim=32),
+)
+SPECS: dict[type[Any], StableDiffusionSpec] = {
+    StableDiffusion_1: SMALL,
+    StableDiffusion_1_Inpainting: replace(SMALL, unet=replace(SMALL.unet, in_channels=9)),
+    StableDiffusion_XL: SMALL_XL,
+    StableDiffusion_XL_Inpainting: replace(SMALL_XL, unet=replace(SMALL_XL.unet, in_channels=9)),
+    StableDiffusion_XL_Refiner: SMALL_REFINER,
+}
+
 
 def randomize(module: nn.Module) -> None:
     """Weights of a size that keeps activations and pictures in range, nothing at zero or one."""
@@ -36,19 +82,14 @@ def randomize(module: nn.Module) -> None:
             nn.init.normal_(parameter, mean=0.8 if name.endswith("weight") else 0.0, std=0.1)
 
 
-def small_model(cls: type[StableDiffusion_1] = StableDiffusion_1, **changes: Any) -> Any:
+def small_model(cls: type[StableDiffusion] = StableDiffusion_1, **changes: Any) -> Any:
     torch.manual_seed(0)
-    model = cls(spec=small_spec(cls), **changes)
+    model = cls(spec=SPECS[cls], **changes)
     randomize(model)
     return model
 
 
-def small_spec(cls: type[StableDiffusion_1] = StableDiffusion_1) -> StableDiffusionSpec:
-    channels = 9 if cls is StableDiffusion_1_Inpainting else 4
-    return replace(SMALL, unet=replace(SMALL.unet, in_channels=channels))
-
-
-def small_folder(path: Path, cls: type[StableDiffusion_1] = StableDiffusion_1) -> Path:
+def small_folder(path: Path, cls: type[StableDiffusion] = StableDiffusion_1) -> Path:
     small_model(cls).save_pretrained(path)
     return path
 

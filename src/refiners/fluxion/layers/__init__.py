@@ -3,8 +3,17 @@
 from refiners.fluxion.layers.activations import GLU, Activation, GeLU, GeLUApproximation, ReLU, Sigmoid, SiLU
 from refiners.fluxion.layers.attention import Attention, ScaledDotProductAttention, SelfAttention, SelfAttention2d
 from refiners.fluxion.layers.chain import Chain, ContextModule
-from refiners.fluxion.layers.combinators import Concatenate, Distribute, Matmul, Parallel, Passthrough, Residual, Sum
-from refiners.fluxion.layers.contexts import SetContext, UseContext
+from refiners.fluxion.layers.combinators import (
+    Cascade,
+    Concatenate,
+    Distribute,
+    Matmul,
+    Parallel,
+    Passthrough,
+    Residual,
+    Sum,
+)
+from refiners.fluxion.layers.contexts import SetContext, SetContextDefault, UseContext
 from refiners.fluxion.layers.conv import Conv2d, ConvTranspose2d
 from refiners.fluxion.layers.embedding import Embedding
 from refiners.fluxion.layers.functional import Breakpoint, Converter, GetArg, Identity, Lambda
@@ -15,6 +24,7 @@ from refiners.fluxion.layers.parameters import Buffer, Parameter
 from refiners.fluxion.layers.pointwise import Cos, Multiply, Sin
 from refiners.fluxion.layers.recomputed import Recomputed
 from refiners.fluxion.layers.sampling import (
+    AvgPool2d,
     Downsample,
     Interpolate,
     MaxPool1d,
@@ -40,8 +50,10 @@ __all__ = [
     "GLU",
     "Activation",
     "Attention",
+    "AvgPool2d",
     "Breakpoint",
     "Buffer",
+    "Cascade",
     "Chain",
     "Concatenate",
     "ContextModule",
@@ -86,6 +98,7 @@ __all__ = [
     "SelfAttention",
     "SelfAttention2d",
     "SetContext",
+    "SetContextDefault",
     "SiLU",
     "Sigmoid",
     "Sin",

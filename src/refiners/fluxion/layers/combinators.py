@@ -54,6 +54,18 @@ class Distribute(Chain):
         return tuple([layer(x) for layer, x in zip(self._plan, inputs, strict=True)])
 
 
+class Cascade(Chain):
+    """Call every child with the output of the one before it, as a chain does, and return the tuple of all outputs."""
+
+    def forward(self, *inputs: Any) -> tuple[Any, ...]:
+        outputs: list[Any] = []
+        x: Any = inputs
+        for layer in self._plan:
+            x = layer(*x) if isinstance(x, tuple) else layer(x)
+            outputs.append(x)
+        return tuple(outputs)
+
+
 class Passthrough(Chain):
     """Run the children as a chain for their effect (on contexts) and return the inputs unchanged."""
 

@@ -3,8 +3,10 @@
 from collections.abc import Callable
 from typing import Any, Self
 
+from torch import nn
+
 from refiners.fluxion.context import ContextError
-from refiners.fluxion.layers.chain import ContextModule
+from refiners.fluxion.layers.chain import Chain, ContextModule
 
 
 class UseContext(ContextModule):
@@ -68,6 +70,27 @@ class SetContext(ContextModule):
         else:
             self.callback(context.get(self.key), x)
         return x
+
+    def extra_repr(self) -> str:
+        return f"context={self.context!r}, key={self.key!r}"
+
+
+class SetContextDefault(Chain):
+    """Runs the children as a chain and stores the output in a context, unless a value is there; returns the inputs.
+
+    What was made before a call can so be handed in, and is not made again.
+    """
+
+    def __init__(self, context: str, key: str, *modules: nn.Module) -> None:
+        super().__init__(*modules)
+        self.context = context
+        self.key = key
+
+    def forward(self, *inputs: Any) -> Any:
+        context = self.contexts.setdefault(self.context, {})
+        if self.key not in context:
+            context[self.key] = super().forward(*inputs)
+        return inputs[0] if len(inputs) == 1 else inputs
 
     def extra_repr(self) -> str:
         return f"context={self.context!r}, key={self.key!r}"

@@ -107,6 +107,20 @@ class ReflectionPad2d(nn.ReflectionPad2d, Module):
         super().__init__(padding)
 
 
+@single_output
+class AvgPool2d(nn.AvgPool2d, Module):
+    """The mean of each window over the last two dimensions of (B, C, H, W)."""
+
+    def __init__(
+        self,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] | None = None,
+        padding: int | tuple[int, int] = 0,
+        ceil_mode: bool = False,
+    ) -> None:
+        super().__init__(kernel_size, stride, padding, ceil_mode)
+
+
 class MaxPool1d(nn.MaxPool1d, Module):
     """The largest of each window along the last dimension of (B, C, L)."""
 

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 import refiners.fluxion.layers as fl
+from refiners.foundationals.clip.text_encoder import CLIPTextEncoder, TokenEncoder
 from refiners.foundationals.clip.tokenizer import CLIPTokenizer
 
 BRACKET_WEIGHT = 1.1
@@ -97,24 +98,56 @@ def encode_prompt(
 ) -> Float[Tensor, "b l d"]:
     """Encode weighted prompts of any length: (B, k * sequence_length, D), k chunks for the longest of them.
 
-    encoder: a text encoder, adapted or not, with a `CLIPTokenizer` in it.
+    encoder: a text encoder, or two side by side, adapted or not.
     comma_reach: see `token_weights`.
 
-    Each vector is multiplied by the weight of its token; then each chunk is scaled so that its mean is what it was.
+    Each vector is multiplied by the weight of its token; then each chunk is scaled so that its mean is what it was, for
+    each encoder apart.
     """
-    tokenizer = encoder.ensure_find(CLIPTokenizer)
+    return _encode(encoder, prompt, comma_reach)[0]
+
+
+def encode_pooled_prompt(
+    encoder: fl.Chain, prompt: str | Sequence[str], comma_reach: int = COMMA_REACH
+) -> tuple[Float[Tensor, "b l d"], Float[Tensor, "b p"]]:
+    """As `encode_prompt`; and the vectors of the prompts as a whole, which are those of their first chunks, unweighted.
+
+    Raises ValueError if the encoder has no projection that would give them.
+    """
+    embedding, pooled = _encode(encoder, prompt, comma_reach)
+    if pooled is None:
+        raise ValueError(f"this {type(encoder).__name__} gives no vector for a text as a whole: use encode_prompt")
+    return embedding, pooled
+
+
+def _encode(encoder: fl.Chain, prompt: str | Sequence[str], comma_reach: int) -> tuple[Tensor, Tensor | None]:
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     if not prompts:
         raise ValueError("there is no prompt to encode: give at least one, which may be empty")
-    rows = [token_weights(tokenizer, each, comma_reach) for each in prompts]
-    count = max(len(ids) for ids, _ in rows)
+    single_encoders = list(encoder.layers(CLIPTextEncoder)) or [encoder]
+    tokenizers = [single.ensure_find(CLIPTokenizer) for single in single_encoders]
+    rows = [[token_weights(tokenizer, each, comma_reach) for each in prompts] for tokenizer in tokenizers]
+    count = max(len(ids) for of_one in rows for ids, _ in of_one)
+    batches = [_batch(of_one, tokenizer, count) for of_one, tokenizer in zip(rows, tokenizers, strict=True)]
+    output: Tensor | tuple[Tensor, Tensor] = encoder(*(ids for ids, _ in batches))
+    embedding, pooled = output if isinstance(output, tuple) else (output, None)
+    widths = [single.ensure_find(TokenEncoder).embedding_dim for single in single_encoders]
+    parts: tuple[Tensor, ...] = torch.split(embedding, widths, dim=-1)
+    pairs = zip(batches, parts, strict=True)
+    weighted = torch.cat([_apply(weights.to(own.device), own.contiguous()) for (_, weights), own in pairs], dim=-1)
+    embedding = weighted.reshape(count, len(prompts), *weighted.shape[1:]).transpose(0, 1).flatten(1, 2)
+    return embedding, None if pooled is None else pooled[: len(prompts)]
+
+
+def _batch(rows: Sequence[tuple[Tensor, Tensor]], tokenizer: CLIPTokenizer, count: int) -> tuple[Tensor, Tensor]:
+    """The ids and weights of prompts, each filled up to `count` chunks, in one batch.
+
+    The first chunks of all prompts come first: what is done for each prompt in turn, as LoRAs of their own, fits.
+    """
     no_text = torch.tensor([tokenizer.frame([])])
-    # the first chunks of all prompts come first: what is done for each prompt in turn, as LoRAs of their own, fits
     ids = torch.stack([torch.cat([ids, no_text.expand(count - len(ids), -1)]) for ids, _ in rows], dim=1)
     weights = torch.stack([torch.cat([each, torch.ones(count - len(each), each.shape[1])]) for _, each in rows], dim=1)
-    embedding: Tensor = encoder(ids.flatten(0, 1))
-    weighted = _apply(weights.flatten(0, 1).to(embedding.device), embedding)
-    return weighted.reshape(count, len(prompts), *weighted.shape[1:]).transpose(0, 1).flatten(1, 2)
+    return ids.flatten(0, 1), weights.flatten(0, 1)
 
 
 def _apply(weights: Tensor, embedding: Tensor) -> Tensor:

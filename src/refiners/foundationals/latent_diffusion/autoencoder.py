@@ -22,6 +22,7 @@ class AutoencoderSpec:
 
     channels: width of each level, from full to lowest resolution; each level but the last ends with a halving.
     latent_scale: what latents are multiplied with, so that their variance is about 1.
+    needs_float32: whether its activations leave the range of float16.
     """
 
     channels: tuple[int, ...] = (128, 256, 512, 512)
@@ -29,14 +30,20 @@ class AutoencoderSpec:
     latent_channels: int = 4
     norm_groups: int = 32
     latent_scale: float = 0.18215
+    needs_float32: bool = False
 
     @property
     def downsampling_factor(self) -> int:
         """How many pixels of a picture's side make one of the latents'."""
         return 2 ** (len(self.channels) - 1)
 
+    def dtype_for(self, dtype: torch.dtype | None) -> torch.dtype | None:
+        """The number format to run in where the rest of a model has `dtype`."""
+        return torch.float32 if self.needs_float32 and dtype is torch.float16 else dtype
+
 
 SD1_AUTOENCODER = AutoencoderSpec()
+SDXL_AUTOENCODER = AutoencoderSpec(latent_scale=0.13025, needs_float32=True)
 
 
 class ResidualBlock(fl.Sum):
@@ -142,17 +149,23 @@ class LatentDiffusionAutoencoder(fl.Chain):
             )
 
     def encode(
-        self, x: Float[Tensor, "b 3 height width"], noise: Float[Tensor, "b c h w"] | None = None
+        self,
+        x: Float[Tensor, "b 3 height width"],
+        noise: Float[Tensor, "b c h w"] | None = None,
+        tile_size: int | None = None,
     ) -> Float[Tensor, "b c h w"]:
         """Pictures in [-1, 1] to latents of about unit variance: their mean, or with unit `noise` a sample.
 
+        tile_size: side in pixels of overlapping tiles, to save memory; None for pictures whole. See `run_in_tiles`.
         Raises ValueError if height or width is not a multiple of the downsampling factor.
         """
         factor = self.spec.downsampling_factor
         if x.shape[-2] % factor or x.shape[-1] % factor:
             height, width = x.shape[-2:]
             raise ValueError(f"a picture of {width}x{height} cannot be encoded: sides must be multiples of {factor}")
-        mean, log_variance = self.Encoder(x).chunk(2, dim=1)
+        x = x.to(self.dtype)
+        moments = self.Encoder(x) if tile_size is None else run_in_tiles(self.Encoder, x, tile_size, 1, factor)
+        mean, log_variance = moments.chunk(2, dim=1)
         latents = mean if noise is None else mean + noise * torch.exp(0.5 * log_variance.clamp(-30, 20))
         return latents * self.spec.latent_scale
 
@@ -163,14 +176,15 @@ class LatentDiffusionAutoencoder(fl.Chain):
 
         tile_size: side in pixels of overlapping tiles, to save memory; None for pictures whole. See `run_in_tiles`.
         """
-        latents = latents / self.spec.latent_scale
+        latents = latents.to(self.dtype) / self.spec.latent_scale
         if tile_size is None:
             return self.Decoder(latents)
-        return run_in_tiles(self.Decoder, latents, self.spec.downsampling_factor, tile_size)
+        return run_in_tiles(self.Decoder, latents, tile_size, self.spec.downsampling_factor, 1)
 
-    def encode_image(self, image: Image.Image) -> Float[Tensor, "1 c h w"]:
-        """A PIL image to latents."""
-        return self.encode(image_to_tensor(image.convert("RGB"), device=self.device, dtype=self.dtype) * 2 - 1)
+    def encode_image(self, image: Image.Image, tile_size: int | None = None) -> Float[Tensor, "1 c h w"]:
+        """A PIL image to latents; `tile_size` as for `encode`."""
+        pixels = image_to_tensor(image.convert("RGB"), device=self.device, dtype=self.dtype)
+        return self.encode(pixels * 2 - 1, tile_size=tile_size)
 
     def decode_latents(self, x: Float[Tensor, "b c h w"]) -> Image.Image:
         """Latents of one picture to a PIL image. Raises ValueError for a batch of several: see `latents_to_images`."""

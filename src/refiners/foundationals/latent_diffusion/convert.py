@@ -10,14 +10,14 @@ from torch import Tensor
 from refiners.foundationals.latent_diffusion import diffusers_folder, parts_folder, pretrained, single_file
 from refiners.foundationals.latent_diffusion.single_file import SingleFile
 from refiners.foundationals.latent_diffusion.specs import StableDiffusionSpec
-from refiners.foundationals.latent_diffusion.stable_diffusion_1 import StableDiffusion_1
+from refiners.foundationals.latent_diffusion.stable_diffusion import StableDiffusion
 from refiners.weights.matching import is_finite
 
 Write = Callable[[Path, StableDiffusionSpec, Mapping[str, Tensor], torch.dtype | None], None]
 FORMS: dict[str, Write] = {
     "diffusers": diffusers_folder.write,
     "single-file": single_file.write,
-    "parts": lambda path, spec, tensors, dtype: parts_folder.write(path, tensors, dtype),
+    "parts": parts_folder.write,
 }
 
 
@@ -31,14 +31,14 @@ class ModelFiles:
 
 
 def read_model(where: Path | str, part: str | None = None) -> ModelFiles:
-    """Read what `StableDiffusion_1.from_pretrained` takes.
+    """Read what `StableDiffusion.from_pretrained` takes.
 
     part: "unet", "lda" or "clip_text_encoder" to read no other part, where they have files of their own.
     Raises ValueError for files that are damaged or of another model, FileNotFoundError if there are none.
     """
     source = pretrained.find_source(where)
-    spec = source.spec(StableDiffusion_1.default_spec)
-    model = StableDiffusion_1(device="meta", spec=spec)
+    spec = source.spec(StableDiffusion.known_specs())
+    model = StableDiffusion.class_for(spec, str(where))(device="meta", spec=spec)
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     own = {name: shape for name, shape in shapes.items() if part is None or name.startswith(f"{part}.")}
     tensors = source.read(spec, shapes if isinstance(source, SingleFile) else own)

@@ -6,19 +6,24 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, cast
 
-from refiners.foundationals.clip.text_encoder import CLIPTextSpec
-from refiners.foundationals.clip.tokenizer import END, START, VOCABULARY_PATH, load_vocabulary
+from refiners.foundationals.clip.text_encoder import CLIP_L
+from refiners.foundationals.clip.tokenizer import VOCABULARY_PATH
 from refiners.foundationals.latent_diffusion.autoencoder import AutoencoderSpec
-from refiners.foundationals.latent_diffusion.specs import SD1, StableDiffusionSpec
-from refiners.foundationals.latent_diffusion.unet import UNetSpec
+from refiners.foundationals.latent_diffusion.checked_options import Config, check_fixed
+from refiners.foundationals.latent_diffusion.diffusers_text_configs import (
+    TOKENIZERS,
+    read_text_encoder,
+    text_encoder_config,
+    tokenizer_files,
+)
+from refiners.foundationals.latent_diffusion.specs import SD1, SDXL, StableDiffusionSpec
+from refiners.foundationals.latent_diffusion.unet_spec import UNetSpec
 from refiners.solvers import SolverParams
-
-Config = Mapping[str, Any]
 
 # Options of diffusers' classes that ours do not have, and the values at which they make no difference.
 UNET_FIXED: dict[str, tuple[Any, ...]] = {
     "act_fn": ("silu",),
-    "addition_embed_type": (None,),
+    "addition_embed_type": (None, "text_time"),
     "center_input_sample": (False,),
     "class_embed_type": (None,),
     "conv_in_kernel": (3,),
@@ -33,7 +38,7 @@ UNET_FIXED: dict[str, tuple[Any, ...]] = {
     "num_class_embeds": (None,),
     "only_cross_attention": (False,),
     "resnet_time_scale_shift": ("default",),
-    "time_cond_proj_dim": (None,),
+    "reverse_transformer_layers_per_block": (None,),
     "time_embedding_type": ("positional",),
     "upcast_attention": (False, None),
 }
@@ -46,57 +51,71 @@ AUTOENCODER_FIXED: dict[str, tuple[Any, ...]] = {
     "use_post_quant_conv": (True,),
     "use_quant_conv": (True,),
 }
-TEXT_ENCODER_FIXED: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("quick_gelu", "gelu"),
-    "model_type": ("clip_text_model",),
-}
+LAYOUT = "0.42.1"  # the version of diffusers whose layout we write
 DOWN = {True: "CrossAttnDownBlock2D", False: "DownBlock2D"}
 UP = {True: "CrossAttnUpBlock2D", False: "UpBlock2D"}
+_SD1_PIPELINES = {"make": "StableDiffusionPipeline", "fill in": "StableDiffusionInpaintPipeline"}
+_XL_PIPELINES = {
+    "make": "StableDiffusionXLPipeline",
+    "fill in": "StableDiffusionXLInpaintPipeline",
+    "refine": "StableDiffusionXLImg2ImgPipeline",
+}
 
 
 def read_spec(
-    where: str, configs: Mapping[str, Config], scheduler: Config, special_tokens: Config, merges: Path | None
+    where: str,
+    configs: Mapping[str, Config],
+    scheduler: Config,
+    tokenizers: Mapping[str, Config],
+    merges: Path | None,
 ) -> StableDiffusionSpec:
     """The spec of a folder.
 
-    configs: of `unet`, `vae` and `text_encoder`.  merges: the tokenizer's.
+    configs: of `unet`, `vae`, and `text_encoder`, `text_encoder_2` or both.
+    tokenizers: the settings of the tokenizer of each text encoder.  merges: of all of them.
     Raises ValueError if a part is missing something, or is something that this model is not.
     """
+    is_xl = "text_encoder_2" in configs
     try:
-        unet = _read_unet(configs["unet"], f"{where}/unet")
-        autoencoder = _read_autoencoder(configs["vae"], f"{where}/vae")
-        text_encoder = _read_text_encoder(configs["text_encoder"], f"{where}/text_encoder", special_tokens)
+        unet = read_unet(configs["unet"], f"{where}/unet")
+        autoencoder = _read_autoencoder(configs["vae"], f"{where}/vae", is_xl)
+        text_encoders = {
+            name: read_text_encoder(
+                configs[name], f"{where}/{name}", tokenizers[name], int(is_xl), name == "text_encoder_2"
+            )
+            for name in TOKENIZERS
+            if name in configs
+        }
     except KeyError as error:
         raise ValueError(
             f"{where}: a config.json has no entry {error}; the folder is damaged or of another kind"
         ) from error
     size = int(configs["unet"].get("sample_size") or 64) * autoencoder.downsampling_factor
-    is_clips = text_encoder.vocabulary_size == SD1.text_encoder.vocabulary_size
+    is_clips = all(text.vocabulary_size == CLIP_L.vocabulary_size for text in text_encoders.values())
     return StableDiffusionSpec(
         unet=unet,
         autoencoder=autoencoder,
-        text_encoder=text_encoder,
+        text_encoder=text_encoders.get("text_encoder"),
+        text_encoder_2=text_encoders.get("text_encoder_2"),
         solver_params=_read_scheduler(scheduler),
         default_size=size,
+        condition_scale=(SDXL if is_xl else SD1).condition_scale,
         vocabulary=VOCABULARY_PATH if is_clips or merges is None else merges,
     )
 
 
-def _check_fixed(config: Config, fixed: Mapping[str, tuple[Any, ...]], where: str) -> None:
-    for option, values in fixed.items():
-        value = config.get(option, values[0])
-        if value not in values:
-            raise ValueError(
-                f"{where}: {option} is {value!r}, which this model cannot be (only {' or '.join(map(repr, values))}); "
-                "it is another kind of model"
-            )
-
-
-def _read_unet(config: Config, where: str) -> UNetSpec:
-    _check_fixed(config, UNET_FIXED, where)
+def read_unet(config: Config, where: str) -> UNetSpec:
+    """The sizes of a UNet. Raises ValueError, KeyError for what is none of ours, or incomplete."""
+    check_fixed(config, UNET_FIXED, where)
     channels = tuple(config["block_out_channels"])
     is_cross = [kind == DOWN[True] for kind in config["down_block_types"]]
     layers = _per_level(config.get("transformer_layers_per_block", 1), channels)
+    lowest = next((count for count, cross in zip(layers[::-1], is_cross[::-1], strict=True) if cross), 1)
+    if layers[-1] != lowest:
+        raise ValueError(
+            f"{where}: the middle block has {layers[-1]} transformer layers and the lowest level with any has "
+            f"{lowest}, which this model cannot be; it is another kind of model"
+        )
     return UNetSpec(
         channels=channels,
         transformer_layers=tuple(count if cross else 0 for count, cross in zip(layers, is_cross, strict=True)),
@@ -107,38 +126,37 @@ def _read_unet(config: Config, where: str) -> UNetSpec:
         out_channels=config["out_channels"],
         norm_groups=config.get("norm_num_groups", 32),
         has_linear_projection=config.get("use_linear_projection", False),
+        guidance_waves=config.get("time_cond_proj_dim") or 0,
+        **_read_added_conditions(config),
     )
+
+
+def _read_added_conditions(config: Config) -> dict[str, int]:
+    """The sizes of what is added to the time.
+
+    The configuration tells the sum of two widths. The refiner alone has 5 time ids, and it alone reads text as wide as
+    the pooled one.
+    """
+    if config.get("addition_embed_type") is None:
+        return {}
+    width, waves = config["projection_class_embeddings_input_dim"], config["addition_time_embed_dim"]
+    count = 5 if width - 5 * waves == config["cross_attention_dim"] else 6
+    return {"pooled_text_dim": width - count * waves, "num_time_ids": count, "time_id_waves": waves}
 
 
 def _per_level(value: int | list[int], channels: tuple[int, ...]) -> tuple[int, ...]:
     return (value,) * len(channels) if isinstance(value, int) else tuple(value)
 
 
-def _read_autoencoder(config: Config, where: str) -> AutoencoderSpec:
-    _check_fixed(config, AUTOENCODER_FIXED, where)
+def _read_autoencoder(config: Config, where: str, is_xl: bool) -> AutoencoderSpec:
+    check_fixed(config, AUTOENCODER_FIXED, where)
     return AutoencoderSpec(
         channels=tuple(config["block_out_channels"]),
         blocks_per_level=config["layers_per_block"],
         latent_channels=config["latent_channels"],
         norm_groups=config.get("norm_num_groups", 32),
         latent_scale=config.get("scaling_factor", 0.18215),
-    )
-
-
-def _read_text_encoder(config: Config, where: str, special_tokens: Config) -> CLIPTextSpec:
-    _check_fixed(config, TEXT_ENCODER_FIXED, where)
-    padding: Any = special_tokens.get("pad_token", END)
-    is_end = END in (padding, padding["content"] if isinstance(padding, dict) else None)
-    return CLIPTextSpec(
-        embedding_dim=config["hidden_size"],
-        max_sequence_length=config.get("max_position_embeddings", 77),
-        vocabulary_size=config.get("vocab_size", 49408),
-        num_layers=config["num_hidden_layers"],
-        num_attention_heads=config["num_attention_heads"],
-        feedforward_dim=config["intermediate_size"],
-        layer_norm_eps=config.get("layer_norm_eps", 1e-5),
-        use_quick_gelu=config.get("hidden_act", "quick_gelu") == "quick_gelu",
-        pad_token_id=None if is_end else 0,
+        needs_float32=is_xl and config.get("force_upcast", True),  # only the pipelines of XL look at it
     )
 
 
@@ -161,29 +179,27 @@ def _read_scheduler(config: Config) -> SolverParams:
 
 def write_spec(spec: StableDiffusionSpec) -> dict[str, str]:
     """The contents of all files of a folder but the weights', by their names in the folder."""
-    index = {
-        "_diffusers_version": "0.42.1",  # the layout of this version
-        "_class_name": "StableDiffusionPipeline" if spec.unet.in_channels == 4 else "StableDiffusionInpaintPipeline",
-        "feature_extractor": [None, None],
-        "requires_safety_checker": False,
-        "safety_checker": [None, None],
-        "scheduler": ["diffusers", "DPMSolverMultistepScheduler"],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
-    }
+    text_configs: dict[str, Any] = {}
+    for name, text in spec.text_encoders.items():
+        text_configs[f"{name}/config.json"] = text_encoder_config(text)
+        text_configs |= tokenizer_files(TOKENIZERS[name], text, spec.vocabulary)
     contents: dict[str, Any] = {
-        "model_index.json": index,
-        "unet/config.json": _unet_config(spec),
+        "model_index.json": _index(spec),
+        "unet/config.json": {
+            "_class_name": "UNet2DConditionModel",
+            "out_channels": spec.unet.out_channels,
+            "sample_size": spec.default_size // spec.autoencoder.downsampling_factor,
+            "time_cond_proj_dim": spec.unet.guidance_waves or None,
+            "up_block_types": [UP[count > 0] for count in reversed(spec.unet.transformer_layers)],
+            **way_down_config(spec.unet),
+        },
         "vae/config.json": _autoencoder_config(spec),
-        "text_encoder/config.json": _text_encoder_config(spec.text_encoder),
         "scheduler/scheduler_config.json": {
             "_class_name": "DPMSolverMultistepScheduler",
             "steps_offset": 1,  # diffusers warns of anything else
             **{theirs: getattr(spec.solver_params, ours) for ours, theirs in SCHEDULER_ENTRIES.items()},
         },
-        **_tokenizer_files(spec),
+        **text_configs,
     }
     return {
         name: content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
@@ -191,10 +207,39 @@ def write_spec(spec: StableDiffusionSpec) -> dict[str, str]:
     }
 
 
-def _unet_config(spec: StableDiffusionSpec) -> dict[str, Any]:
-    unet = spec.unet
+def _index(spec: StableDiffusionSpec) -> dict[str, Any]:
+    """What diffusers is to make of the folder."""
+    parts: dict[str, Any] = {"unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"]}
+    for name, tokenizer in TOKENIZERS.items():
+        text = spec.text_encoders.get(name)
+        if text or spec.text_encoder_2:
+            cls = "CLIPTextModelWithProjection" if text and text.projection_dim else "CLIPTextModel"
+            parts[name] = ["transformers", cls] if text else [None, None]
+            parts[tokenizer] = ["transformers", "CLIPTokenizer"] if text else [None, None]
+    own = _XL_PIPELINES if spec.text_encoder_2 else _SD1_PIPELINES
+    is_refiner = spec.text_encoder is None
     return {
-        "_class_name": "UNet2DConditionModel",
+        "_class_name": own["fill in" if spec.is_inpainting else "refine" if is_refiner else "make"],
+        "_diffusers_version": LAYOUT,
+        "feature_extractor": [None, None],
+        **({} if spec.text_encoder_2 else {"requires_safety_checker": False, "safety_checker": [None, None]}),
+        "scheduler": ["diffusers", "DPMSolverMultistepScheduler"],
+        **({"force_zeros_for_empty_prompt": not is_refiner} if spec.text_encoder_2 else {}),
+        **({"requires_aesthetics_score": True} if is_refiner else {}),
+        **parts,
+    }
+
+
+def way_down_config(unet: UNetSpec) -> dict[str, Any]:
+    """What a UNet's configuration says of all but its way up and its output."""
+    layers = [max(count, 1) for count in unet.transformer_layers]
+    added = {
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": unet.time_id_waves,
+        "projection_class_embeddings_input_dim": unet.pooled_text_dim + unet.num_time_ids * unet.time_id_waves,
+    }
+    return {
+        **(added if unet.pooled_text_dim else {}),
         "attention_head_dim": list(unet.num_heads),
         "block_out_channels": list(unet.channels),
         "cross_attention_dim": unet.text_dim,
@@ -202,10 +247,7 @@ def _unet_config(spec: StableDiffusionSpec) -> dict[str, Any]:
         "in_channels": unet.in_channels,
         "layers_per_block": unet.blocks_per_level,
         "norm_num_groups": unet.norm_groups,
-        "out_channels": unet.out_channels,
-        "sample_size": spec.default_size // spec.autoencoder.downsampling_factor,
-        "transformer_layers_per_block": [max(count, 1) for count in unet.transformer_layers],
-        "up_block_types": [UP[count > 0] for count in reversed(unet.transformer_layers)],
+        "transformer_layers_per_block": [*layers[:-1], layers[unet.middle_level]],  # the last is the middle block's
         "use_linear_projection": unet.has_linear_projection,
     }
 
@@ -216,43 +258,11 @@ def _autoencoder_config(spec: StableDiffusionSpec) -> dict[str, Any]:
         "_class_name": "AutoencoderKL",
         "block_out_channels": list(autoencoder.channels),
         "down_block_types": ["DownEncoderBlock2D"] * len(autoencoder.channels),
+        **({"force_upcast": autoencoder.needs_float32} if spec.text_encoder_2 else {}),
         "latent_channels": autoencoder.latent_channels,
         "layers_per_block": autoencoder.blocks_per_level,
         "norm_num_groups": autoencoder.norm_groups,
         "sample_size": spec.default_size,
         "scaling_factor": autoencoder.latent_scale,
         "up_block_types": ["UpDecoderBlock2D"] * len(autoencoder.channels),
-    }
-
-
-def _text_encoder_config(spec: CLIPTextSpec) -> dict[str, Any]:
-    return {
-        "architectures": ["CLIPTextModel"],
-        "bos_token_id": spec.vocabulary_size - 2,
-        "eos_token_id": spec.vocabulary_size - 1,
-        "hidden_act": "quick_gelu" if spec.use_quick_gelu else "gelu",
-        "hidden_size": spec.embedding_dim,
-        "intermediate_size": spec.feedforward_dim,
-        "layer_norm_eps": spec.layer_norm_eps,
-        "max_position_embeddings": spec.max_sequence_length,
-        "model_type": "clip_text_model",
-        "num_attention_heads": spec.num_attention_heads,
-        "num_hidden_layers": spec.num_layers,
-        "vocab_size": spec.vocabulary_size,
-    }
-
-
-def _tokenizer_files(spec: StableDiffusionSpec) -> dict[str, Any]:
-    vocabulary = load_vocabulary(str(spec.vocabulary)).get_vocab()
-    padding = END if spec.text_encoder.pad_token_id is None else "!"
-    special = {"bos_token": START, "eos_token": END, "pad_token": padding, "unk_token": END}
-    return {
-        "tokenizer/vocab.json": json.dumps(vocabulary, ensure_ascii=False),
-        "tokenizer/merges.txt": spec.vocabulary.read_text(encoding="utf-8"),
-        "tokenizer/special_tokens_map.json": special,
-        "tokenizer/tokenizer_config.json": {
-            **special,
-            "model_max_length": spec.text_encoder.max_sequence_length,
-            "tokenizer_class": "CLIPTokenizer",
-        },
     }

@@ -4,7 +4,7 @@ A folder may lie on the hub as well: files are asked for one by one through a `F
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from refiners.foundationals.clip.names import text_encoder_names
 from refiners.foundationals.latent_diffusion import autoencoder_names, diffusers_configs, unet_names
+from refiners.foundationals.latent_diffusion.diffusers_text_configs import TOKENIZERS
 from refiners.foundationals.latent_diffusion.specs import StableDiffusionSpec
 from refiners.weights.files import read_safetensors, write_safetensors
 from refiners.weights.matching import Shapes, match_all
@@ -31,14 +32,18 @@ class Part:
     ours: str
     theirs: str
     stem: str
-    names: Callable[[StableDiffusionSpec], Names]
+    names: Names
 
 
-PARTS = (
-    Part("unet", "unet", "diffusion_pytorch_model", lambda spec: unet_names.diffusers_names(spec.unet)),
-    Part("lda", "vae", "diffusion_pytorch_model", lambda spec: autoencoder_names.diffusers_names(spec.autoencoder)),
-    Part("clip_text_encoder", "text_encoder", "model", lambda spec: text_encoder_names(spec.text_encoder)),
-)
+def parts(spec: StableDiffusionSpec) -> Iterator[Part]:
+    """The parts of a model, in the order in which they are read."""
+    yield Part("unet", "unet", "diffusion_pytorch_model", unet_names.diffusers_names(spec.unet))
+    yield Part("lda", "vae", "diffusion_pytorch_model", autoencoder_names.diffusers_names(spec.autoencoder))
+    for name, text in spec.text_encoders.items():
+        path = f"clip_text_encoder.{spec.text_encoder_paths[name]}".removesuffix(".")
+        yield Part(path, name, "model", text_encoder_names(text))
+
+
 # In order of preference: a half-precision file only if there is no full one, a torch file only if there is no other.
 SUFFIXES = (".safetensors", ".fp16.safetensors", ".bin", ".fp16.bin")
 
@@ -47,22 +52,30 @@ class DiffusersFolder:
     """A folder to load a model from.
 
     where: what errors call it.  fetch: gives its files.
-    Raises FileNotFoundError if it has no `unet/config.json`.
+    Raises FileNotFoundError if it has no `config.json` of the UNet, the autoencoder or any text encoder.
     """
 
     def __init__(self, where: str, fetch: Fetch) -> None:
         self.where = where
         self.fetch = fetch
-        self.configs = {part.theirs: self._json(f"{part.theirs}/config.json") for part in PARTS}
+        self.configs = {part: self._json(f"{part}/config.json") for part in ("unet", "vae")}
+        self.configs |= {part: config for part in TOKENIZERS if (config := self._optional_json(f"{part}/config.json"))}
+        if not self.configs.keys() & TOKENIZERS.keys():
+            self._required("text_encoder/config.json")
 
-    def spec(self, default: StableDiffusionSpec) -> StableDiffusionSpec:
+    def spec(self, known: Sequence[StableDiffusionSpec]) -> StableDiffusionSpec:
         """The sizes, as the configuration files tell them. Raises ValueError if the model is none of ours."""
         return diffusers_configs.read_spec(
             where=self.where,
             configs=self.configs,
             scheduler=self._optional_json("scheduler/scheduler_config.json"),
-            special_tokens=self._optional_json("tokenizer/special_tokens_map.json"),
-            merges=self.fetch("tokenizer/merges.txt"),
+            tokenizers={
+                name: self._optional_json(f"{tokenizer}/tokenizer_config.json")
+                | self._optional_json(f"{tokenizer}/special_tokens_map.json")
+                for name, tokenizer in TOKENIZERS.items()
+                if name in self.configs
+            },
+            merges=self.fetch("tokenizer/merges.txt") or self.fetch("tokenizer_2/merges.txt"),
         )
 
     def read(self, spec: StableDiffusionSpec, shapes: Shapes) -> dict[str, Tensor]:
@@ -71,13 +84,13 @@ class DiffusersFolder:
         Raises ValueError, FileNotFoundError if they are not those of the model.
         """
         tensors: dict[str, Tensor] = {}
-        for part in PARTS:
+        for part in parts(spec):
             prefix = f"{part.ours}."
             below = {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
             if not below:
                 continue
             where, found = self._weights(part)
-            matched = match_all(found, part.names(spec), below, where)
+            matched = match_all(found, part.names, below, where)
             tensors |= {prefix + name: tensor for name, tensor in matched.items()}
         return tensors
 
@@ -121,9 +134,9 @@ class DiffusersFolder:
 def write(folder: Path, spec: StableDiffusionSpec, tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> None:
     """Write tensors with our names as a folder that diffusers can load too."""
     configs = diffusers_configs.write_spec(spec)
-    for part in PARTS:
+    for part in parts(spec):
         (folder / part.theirs).mkdir(parents=True, exist_ok=True)
-        prefix, to_theirs = f"{part.ours}.", part.names(spec).to_theirs
+        prefix, to_theirs = f"{part.ours}.", part.names.to_theirs
         renamed = {
             str(to_theirs(name.removeprefix(prefix))): tensor.to(dtype or tensor.dtype)
             for name, tensor in tensors.items()

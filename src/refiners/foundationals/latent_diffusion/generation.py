@@ -44,7 +44,7 @@ class TextToImage(LatentDiffusionModel):
     def generate(
         self,
         prompt: str | Sequence[str],
-        negative_prompt: str | Sequence[str] = "",
+        negative_prompt: str | Sequence[str] | None = "",
         *,
         seed: int | Sequence[int] = 0,
         num_inference_steps: int | None = None,
@@ -61,19 +61,21 @@ class TextToImage(LatentDiffusionModel):
         """Make pictures, as one batch. The model's own solver stays as it was.
 
         prompt, negative_prompt, seed: one for all pictures, or one for each. A picture depends on its own only.
+            A negative prompt of None is what the model was trained with where there is none: see `compute_conditions`.
         num_inference_steps: None for as many as the model's solver has, 30 by default.
         condition_scale: of classifier-free guidance, 1 for no guidance; None for the spec's, mostly 7.5.
         solver: a name as in `refiners.solvers.SOLVERS`, a solver, or None for the model's.
         size: height and width in pixels; None for that of `init_image`, or else of the pictures it was trained on.
         init_image: start from this picture, with noise of `strength`, in (0, 1], of the whole way.
         mask: keep `init_image` where it is black.
-        tile_size: side in pixels of the tiles in which pictures are decoded, to save memory; None for whole.
+        tile_size: side in pixels of the tiles in which pictures are encoded and decoded, to save memory; None for
+            whole.
         on_step: called after each step; no more steps are taken once it returns False.
         Raises ValueError for what does not fit the model, GenerationCancelled if `on_step` returned False.
         """
-        rows = _rows(prompt, negative_prompt, seed)
+        rows = _rows(prompt, negative_prompt or "", seed)
         _check_pictures(init_image, strength, mask)
-        size = size or self._size_for(init_image)
+        size = size or self.size_for(init_image)
         self.latents_size(size)
         scale = self.spec.condition_scale if condition_scale is None else condition_scale
         before = self.solver
@@ -81,9 +83,9 @@ class TextToImage(LatentDiffusionModel):
         try:
             prompts, negatives, seeds = zip(*rows, strict=True)
             generators = [torch.Generator().manual_seed(each) for each in seeds]
-            conditions = self.compute_conditions(prompts, negatives, size)
+            conditions = self.compute_conditions(prompts, None if negative_prompt is None else negatives, size)
             noise = unit_noise(self._like(len(rows), self.latents_size(size)), generators)
-            x = self.init_latents(size, None if strength == 1 else init_image, noise)
+            x = self.init_latents(size, None if strength == 1 else init_image, noise, tile_size=tile_size)
             after_step = self.prepare_mask(init_image, mask, size, noise) if init_image and mask else None
             with _progress(len(self.steps), show_progress) as advance:
                 for number, step in enumerate(self.steps, start=1):
@@ -98,7 +100,8 @@ class TextToImage(LatentDiffusionModel):
         finally:
             self.solver = before
 
-    def _size_for(self, image: Image.Image | None) -> tuple[int, int]:
+    def size_for(self, image: Image.Image | None) -> tuple[int, int]:
+        """Height and width of what is made from that picture, or from none, where no size is asked for."""
         if image is None:
             return self.spec.default_size, self.spec.default_size
         factor = self.lda.spec.downsampling_factor

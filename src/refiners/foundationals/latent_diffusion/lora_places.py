@@ -12,10 +12,22 @@ from refiners.adapters.delta import Delta
 from refiners.adapters.delta_adapter import DeltaAdapter
 from refiners.fluxion.layers.chain import Chain
 from refiners.foundationals.clip import names as clip_names
+from refiners.foundationals.clip.double_text_encoder import ENCODER_PATHS, DoubleTextEncoder
 from refiners.foundationals.clip.text_encoder import CLIPTextEncoder, CLIPTextSpec
 from refiners.foundationals.latent_diffusion import unet_names
-from refiners.foundationals.latent_diffusion.unet import UNet, UNetSpec
-from refiners.weights.lora_keys import CLIP_TEXT_ENCODER, UNET, Component, Place, Places
+from refiners.foundationals.latent_diffusion.unet import UNet
+from refiners.foundationals.latent_diffusion.unet_spec import UNetSpec
+from refiners.weights.formats import TEXT_FAMILIES, Family
+from refiners.weights.lora_keys import (
+    CLIP_TEXT_ENCODER,
+    UNET,
+    XL_TEXT_ENCODER,
+    XL_TEXT_ENCODER_2,
+    XL_UNET,
+    Component,
+    Place,
+    Places,
+)
 from refiners.weights.rules import Names
 
 
@@ -28,8 +40,8 @@ class Patchable(Protocol):
         ...
 
     @property
-    def clip_text_encoder(self) -> CLIPTextEncoder:
-        """The tree that `text_encoder` keys go to."""
+    def clip_text_encoder(self) -> Chain:
+        """The tree that `text_encoder` keys go to, or one with two such trees."""
         ...
 
 
@@ -48,10 +60,27 @@ def find_layers(model: Patchable) -> dict[str, Layer]:
     Raises TypeError if the model has no UNet and CLIP text encoder of ours.
     """
     _check(model)
-    unet, encoder = model.unet, model.clip_text_encoder
-    layers = {layer.place.path: layer for layer in _layers(UNET, unet, _unet_names(unet.spec))}
-    layers |= {layer.place.path: layer for layer in _layers(CLIP_TEXT_ENCODER, encoder, _text_names(encoder.spec))}
-    return layers
+    unet, is_xl = model.unet, family_of(model) is Family.SDXL
+    found = list(_layers(XL_UNET if is_xl else UNET, "unet", unet, _unet_names(unet.spec)))
+    for component, path, encoder in _text_encoders(model.clip_text_encoder):
+        found += _layers(component, path, encoder, _text_names(encoder.spec))
+    return {layer.place.path: layer for layer in found}
+
+
+def family_of(model: Patchable) -> Family | None:
+    """Which LoRAs go onto a model; None for one of unusual sizes."""
+    spec = model.unet.spec
+    return Family.SDXL if spec.pooled_text_dim else TEXT_FAMILIES.get(spec.text_dim)
+
+
+def _text_encoders(tree: Chain) -> Iterator[tuple[Component, str, CLIPTextEncoder]]:
+    """Each text encoder, with its path from the model on."""
+    if isinstance(tree, CLIPTextEncoder):
+        yield XL_TEXT_ENCODER_2 if tree.spec.projection_dim else CLIP_TEXT_ENCODER, "clip_text_encoder", tree
+        return
+    components = (XL_TEXT_ENCODER, XL_TEXT_ENCODER_2)
+    for component, path, encoder in zip(components, ENCODER_PATHS, tree.layers(CLIPTextEncoder), strict=True):
+        yield component, f"clip_text_encoder.{path}", encoder
 
 
 def places_of(layers: dict[str, Layer]) -> Places:
@@ -68,13 +97,14 @@ def find_deltas(model: Patchable, layers: dict[str, Layer]) -> Iterator[tuple[La
 
 
 def _check(model: object) -> None:
-    for name, kind in (("unet", UNet), ("clip_text_encoder", CLIPTextEncoder)):
+    for name, kinds in (("unet", (UNet,)), ("clip_text_encoder", (CLIPTextEncoder, DoubleTextEncoder))):
         part = getattr(model, name, None)
-        if not isinstance(part, kind):
+        if not isinstance(part, kinds):
             found = "none" if part is None else f"a {type(part).__name__}"
+            wanted = " or ".join(f"a {kind.__name__}" for kind in kinds)
             raise TypeError(
-                f"a LoRA goes onto a model with a {kind.__name__} as `{name}`, but this {type(model).__name__} has "
-                f"{found}: pass the whole StableDiffusion_1"
+                f"a LoRA goes onto a model with {wanted} as `{name}`, but this {type(model).__name__} has {found}: "
+                "pass the whole model, such as a StableDiffusion_1"
             )
 
 
@@ -88,7 +118,7 @@ def _text_names(spec: CLIPTextSpec) -> tuple[Names, ...]:
     return tuple(clip_names.text_encoder_names(spec, prefix) for prefix in (clip_names.TRANSFORMERS_PREFIX, ""))
 
 
-def _layers(component: Component, tree: Chain, names: tuple[Names, ...]) -> Iterator[Layer]:
+def _layers(component: Component, above: str, tree: Chain, names: tuple[Names, ...]) -> Iterator[Layer]:
     parents = {id(module): parent for module, parent in tree.walk(_is_weighted)}
     modules = cast("Iterator[tuple[str, nn.Module]]", tree.named_modules())
     for path, module in modules:
@@ -97,7 +127,7 @@ def _layers(component: Component, tree: Chain, names: tuple[Names, ...]) -> Iter
         theirs = [name for name in (_their_name(path, rules) for rules in names) if name]
         if theirs:
             shape = tuple(cast(Any, module).weight.shape)
-            place = Place(component, f"{component.name}.{path}", _kind(module), shape, tuple(theirs))
+            place = Place(component, f"{above}.{path}", _kind(module), shape, tuple(theirs))
             yield Layer(place, module, parents[id(module)])
 
 

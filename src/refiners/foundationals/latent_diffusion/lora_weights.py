@@ -21,12 +21,13 @@ from refiners.foundationals.latent_diffusion.lora_in_order import is_in_order, u
 from refiners.foundationals.latent_diffusion.lora_places import (
     Layer,
     Patchable,
+    family_of,
     find_deltas,
     find_layers,
     places_of,
 )
 from refiners.foundationals.latent_diffusion.lora_report import AttachedUpdate, LoraReport, attached_update
-from refiners.weights.formats import TEXT_FAMILIES, Content, Identity, identify
+from refiners.weights.formats import Content, Identity, identify
 from refiners.weights.lora_keys import (
     Kind,
     LoraContents,
@@ -188,11 +189,12 @@ def assign_updates(file: LoraFile, model: Patchable, layers: dict[str, Layer]) -
 
 
 def _check_family(path: Path, identity: Identity, model: Patchable) -> None:
-    width = model.unet.spec.text_dim
-    if identity.family not in (None, TEXT_FAMILIES.get(width)):
+    family = family_of(model)
+    if identity.family not in (None, family):
+        width = model.unet.spec.text_dim
         raise ValueError(
-            f"{path} is {identity}, but this model reads text {width} wide"
-            f"{f', as {TEXT_FAMILIES[width]}' if width in TEXT_FAMILIES else ''}: get a LoRA that was made for it"
+            f"{path} is {identity}, but this model reads text {width} wide{f', as {family}' if family else ''}: get a "
+            "LoRA that was made for it"
         )
 
 

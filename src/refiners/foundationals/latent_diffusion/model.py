@@ -14,12 +14,14 @@ from torch import Tensor
 from torch.nn import functional
 
 import refiners.fluxion.layers as fl
+from refiners.fluxion.context import Context
 from refiners.fluxion.utils import image_to_tensor
 from refiners.foundationals.latent_diffusion.autoencoder import LatentDiffusionAutoencoder
 from refiners.foundationals.latent_diffusion.guidance import Guidance, Prediction
 from refiners.foundationals.latent_diffusion.loras import Scheduled
 from refiners.foundationals.latent_diffusion.specs import StableDiffusionSpec
 from refiners.foundationals.latent_diffusion.unet import UNet
+from refiners.foundationals.latent_diffusion.unet_call import UNetCall, UNetRunner
 from refiners.solvers import DPMSolver, Solver
 from refiners.solvers.solver import Generators, unit_noise
 
@@ -32,6 +34,7 @@ class LatentDiffusionModel(fl.Module, ABC):
     unet, lda: None for new ones of the spec's sizes, on `device` and in `dtype`.
     solver: None for DPM-Solver++ with 30 steps.
     guidances: what is added to the prediction after classifier-free guidance, at every step.
+    unet_runner: what calls the UNet in the model's place, such as `MultiDiffusion`; None for nothing.
     """
 
     def __init__(
@@ -46,9 +49,10 @@ class LatentDiffusionModel(fl.Module, ABC):
         super().__init__()
         self.spec = spec
         self.unet = unet or UNet(spec.unet, device=device, dtype=dtype)
-        self.lda = lda or LatentDiffusionAutoencoder(spec.autoencoder, device=device, dtype=dtype)
+        self.lda = lda or LatentDiffusionAutoencoder(spec.autoencoder, device, spec.autoencoder.dtype_for(dtype))
         self.solver = solver or DPMSolver(DEFAULT_STEPS, params=spec.solver_params)
         self.guidances: list[Guidance] = []
+        self.unet_runner: UNetRunner | None = None
         self._lora_schedules: dict[str, Scheduled] = {}
 
     if TYPE_CHECKING:
@@ -89,10 +93,11 @@ class LatentDiffusionModel(fl.Module, ABC):
 
     @abstractmethod
     def compute_conditions(
-        self, text: str | Sequence[str], negative_text: str | Sequence[str], size: tuple[int, int]
+        self, text: str | Sequence[str], negative_text: str | Sequence[str] | None, size: tuple[int, int]
     ) -> dict[str, Tensor]:
         """All that `predict_noise` is to be given for P prompts, and as many negative ones or one for all.
 
+        negative_text: None for what the model was trained with where there is none.
         size: height and width of the picture in pixels.
         """
 
@@ -115,35 +120,47 @@ class LatentDiffusionModel(fl.Module, ABC):
         """The UNet's prediction with classifier-free guidance (arXiv 2207.12598, eq. 6), both halves in one batch.
 
         x: (B, C, h, w) at the level of `step`.  clip_text_embedding: (2 B, L, D), or (2, L, D) for all B pictures.
-        condition_scale: 1 is no guidance; the negative half is left out then.
+        condition_scale: 1 is no guidance; the negative half is left out then, as it is if the UNet reads the scale.
         conditions: the others that the UNet asks for, each of batch 2 B or 2.
         """
-        index, count = self.steps.index(step), len(self.steps)
+        index, count = step - self.solver.first_inference_step, len(self.steps)
         for listener in (*self._lora_schedules.values(), *self.unet.step_listeners):
             listener.before_step(index, count)
-        conditions = {
-            name: self._one_per_picture(x, condition, name)
-            for name, condition in {"clip_text_embedding": clip_text_embedding, **conditions}.items()
-        }
-        if condition_scale == 1:
+        conditions = {"clip_text_embedding": clip_text_embedding, **conditions, **self.unet.adapter_conditions}
+        conditions = {name: self._one_per_picture(x, condition, name) for name, condition in conditions.items()}
+        reads_scale = "condition_scale" in self.spec.unet.conditions  # then the UNet was distilled to guide itself
+        if condition_scale == 1 or reads_scale:
             conditions = {name: condition.chunk(2)[1] for name, condition in conditions.items()}
+            if reads_scale:
+                conditions["condition_scale"] = x.new_full((len(x),), condition_scale)
             negative, positive = None, self.run_unet(x, step, conditions)
             predicted = positive
         else:
-            negative, positive = self.run_unet(torch.cat([x, x]), step, conditions).chunk(2)
+            negative, positive = self.run_unet(torch.cat([x, x]), step, conditions, len(x)).chunk(2)
             predicted = negative + condition_scale * (positive - negative)
         if self.guidances:
-            prediction = Prediction(x, step, negative, positive, conditions, self.run_unet)
+            prediction = Prediction(x, step, index, count, negative, positive, conditions, self.run_unet)
             predicted = predicted + sum(guidance(prediction) for guidance in self.guidances)
         return predicted
 
-    def run_unet(self, x: Tensor, step: int, conditions: Mapping[str, Tensor]) -> Tensor:
-        """What the UNet predicts for latents (B, C, h, w) at a step, with conditions of batch B; no guidance."""
+    def run_unet(
+        self,
+        x: Tensor,
+        step: int,
+        conditions: Mapping[str, Tensor],
+        negatives: int = 0,
+        contexts: Mapping[str, Context] | None = None,
+    ) -> Tensor:
+        """What the UNet predicts for latents (B, C, h, w) at a step, with conditions of batch B; no guidance.
+
+        negatives: how many of the batch, from its front, are for negative prompts; adapters find it in the context
+            "diffusion".
+        contexts: what adapters are to find besides, in this call only.
+        """
         x = self._model_input(self.solver.scale_model_input(x, step))
         timestep = self.solver.timesteps[step].reshape(1).to(x.device)
-        self.unet.set_timestep(timestep.expand(x.shape[0]))  # one for each, as LoRAs may have a scale for each
-        self.unet.set_conditions(conditions)
-        return self.unet(x)
+        call = UNetCall(x, timestep, conditions, {"diffusion": {"negatives": negatives}, **(contexts or {})})
+        return call.run(self.unet) if self.unet_runner is None else self.unet_runner.run(call)
 
     def _model_input(self, x: Tensor) -> Tensor:
         """What the UNet sees for latents x."""
@@ -164,11 +181,13 @@ class LatentDiffusionModel(fl.Module, ABC):
         init_image: Image.Image | None = None,
         noise: Tensor | None = None,
         generator: Generators = None,
+        tile_size: int | None = None,
     ) -> Tensor:
         """Latents to start from, at the level of the first step: noise, or a picture with noise on it.
 
         size: height and width in pixels; `init_image` is resized to it.
         noise: (B, C, H / 8, W / 8) of unit variance; None draws it, for one picture or for each of several generators.
+        tile_size: side in pixels of the tiles in which `init_image` is encoded, to save memory; None for whole.
         Raises ValueError if a side is not a multiple of the downsampling factor (8).
         """
         shape = self.latents_size(size)
@@ -177,7 +196,7 @@ class LatentDiffusionModel(fl.Module, ABC):
             noise = unit_noise(self._like(count, shape), generator)
         if init_image is None:
             return noise * self.solver.initial_noise_scale
-        clean = self.lda.encode_image(resized(init_image, size)).expand_as(noise)
+        clean = self.lda.encode_image(resized(init_image, size), tile_size).to(noise).expand_as(noise)
         return self.solver.add_noise(clean, noise, step=self.solver.first_inference_step)
 
     def latents_size(self, size: tuple[int, int]) -> tuple[int, int]:
@@ -198,8 +217,8 @@ class LatentDiffusionModel(fl.Module, ABC):
 
         The kept part goes back to where it was, at the level of the next step; noise: what x started from.
         """
-        kept = self.lda.encode_image(resized(init_image, size)).expand_as(noise)
-        is_new = functional.interpolate(mask_to_tensor(mask, size), size=noise.shape[2:]).to(noise)
+        kept = self.lda.encode_image(resized(init_image, size)).to(noise).expand_as(noise)
+        is_new = functional.interpolate(mask_to_tensor(mask, init_image, size), size=noise.shape[2:]).to(noise)
 
         def keep(x: Tensor, step: int) -> Tensor:
             is_last = step == self.steps[-1]
@@ -220,9 +239,21 @@ def resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.LANCZOS)
 
 
-def mask_to_tensor(mask: Image.Image, size: tuple[int, int]) -> Tensor:
-    """A mask as (1, 1, H, W): 1 where it is white, half or more, else 0."""
+def mask_to_tensor(mask: Image.Image, image: Image.Image, size: tuple[int, int]) -> Tensor:
+    """A mask of a picture that is resized to `size`, as (1, 1, H, W): 1 where it is white, half or more, else 0.
+
+    Raises ValueError if it has another size than the picture, or is not of mode 1, L, P or RGB without transparency.
+    """
     height, width = size
+    if mask.mode not in ("1", "L", "P", "RGB") or mask.has_transparency_data:
+        raise ValueError(
+            f"a mask is black and white, of mode 1, L, P or RGB and opaque, but this one is {mask.mode}: choose what "
+            "counts, such as mask.convert('L') or, for what is opaque, mask.getchannel('A')"
+        )
+    if mask.size != image.size:
+        raise ValueError(
+            f"the mask is {mask.width}x{mask.height}, but the picture is {image.width}x{image.height}: resize one"
+        )
     grey = mask.convert("L")
     if grey.size != (width, height):
         grey = grey.resize((width, height), Image.Resampling.NEAREST)

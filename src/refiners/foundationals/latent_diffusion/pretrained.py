@@ -1,6 +1,6 @@
 """Where models come from and go to: a folder in diffusers' layout, a single file, the hub, or the package itself."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -11,7 +11,7 @@ from refiners.fluxion.context import check_is_available
 from refiners.foundationals.latent_diffusion import diffusers_folder, single_file
 from refiners.foundationals.latent_diffusion.diffusers_folder import DiffusersFolder, Fetch
 from refiners.foundationals.latent_diffusion.embedded import EMBEDDED, EMBEDDED_WEIGHTS
-from refiners.foundationals.latent_diffusion.parts_folder import PART_FILES, UNCHANGED, PartsFolder
+from refiners.foundationals.latent_diffusion.parts_folder import UNCHANGED, UNET_FILE, PartsFolder
 from refiners.foundationals.latent_diffusion.single_file import SingleFile
 from refiners.foundationals.latent_diffusion.specs import StableDiffusionSpec
 from refiners.weights.files import read_safetensors
@@ -24,16 +24,20 @@ SINGLE_FILE_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 class Source(Protocol):
     """What a model can be loaded from."""
 
-    def spec(self, default: StableDiffusionSpec) -> StableDiffusionSpec: ...
+    def spec(self, known: Sequence[StableDiffusionSpec]) -> StableDiffusionSpec:
+        """The sizes; where the files do not tell, those of the first of the known models that is of their kind."""
+        ...
 
-    def read(self, spec: StableDiffusionSpec, shapes: Shapes) -> dict[str, Tensor]: ...
+    def read(self, spec: StableDiffusionSpec, shapes: Shapes) -> dict[str, Tensor]:
+        """All tensors, by our names."""
+        ...
 
 
 class EmbeddedModel:
     """The package as a source to load the model from."""
 
-    def spec(self, default: StableDiffusionSpec) -> StableDiffusionSpec:
-        """Its own sizes, whatever the default is."""
+    def spec(self, known: Sequence[StableDiffusionSpec]) -> StableDiffusionSpec:
+        """Its own sizes."""
         return EMBEDDED
 
     def read(self, spec: StableDiffusionSpec, shapes: Shapes) -> dict[str, Tensor]:
@@ -46,10 +50,10 @@ def find_source(where: Path | str, revision: str | None = None) -> Source:
     if where == BUILTIN:
         return EmbeddedModel()
     path = Path(where)
-    if (path / PART_FILES["unet"]).is_file():
+    if (path / UNET_FILE).is_file():
         return PartsFolder(path)
     if path.is_dir():
-        return DiffusersFolder(str(path), _fetch_from(path))
+        return DiffusersFolder(str(path), fetch_from(path))
     if path.is_file() or path.suffix in SINGLE_FILE_SUFFIXES:
         return SingleFile(path)
     if isinstance(where, Path) or str(where).count("/") != 1:
@@ -57,14 +61,17 @@ def find_source(where: Path | str, revision: str | None = None) -> Source:
             f"{str(where)!r} is no folder, no file, no repository of the hub (such as 'owner/name') and not "
             f"{BUILTIN!r}; check the path"
         )
-    return DiffusersFolder(f"{where} on the hub", _fetch_from_hub(str(where), revision))
+    return DiffusersFolder(f"{where} on the hub", fetch_from_hub(str(where), revision))
 
 
-def fill(model: nn.Module, tensors: dict[str, Tensor], device: torch.device, dtype: torch.dtype) -> None:
+def fill(
+    model: nn.Module, spec: StableDiffusionSpec, tensors: dict[str, Tensor], device: torch.device, dtype: torch.dtype
+) -> None:
     """Give a model on the meta device its tensors, which it then holds without a copy where none is needed."""
     check_is_available(device)
     for name in tensors:
-        tensors[name] = tensors[name].to(device=device, dtype=dtype)
+        own_dtype = spec.autoencoder.dtype_for(dtype) if name.startswith("lda.") else dtype
+        tensors[name] = tensors[name].to(device=device, dtype=own_dtype)
     model.load_state_dict(tensors, assign=True)
 
 
@@ -81,11 +88,13 @@ def save(
         diffusers_folder.write(path, spec, tensors, dtype)
 
 
-def _fetch_from(folder: Path) -> Fetch:
+def fetch_from(folder: Path) -> Fetch:
+    """Gives files of a folder."""
     return lambda name: folder / name if (folder / name).is_file() else None
 
 
-def _fetch_from_hub(repository: str, revision: str | None) -> Fetch:
+def fetch_from_hub(repository: str, revision: str | None = None) -> Fetch:
+    """Gives files of a repository on the hub, from the hub's cache if they are there."""
     from huggingface_hub import hf_hub_download  # pyright: ignore[reportUnknownVariableType]  # its tqdm is bare
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 

@@ -1,4 +1,4 @@
-"""Run a decoder tile by tile, so that memory depends on the tile and not on the picture.
+"""Run an encoder or decoder tile by tile, so that memory depends on the tile and not on the picture.
 
 Tiles overlap by a quarter, and fade into each other there. The result is near that of the whole, not equal: norms and
 attention see one tile at a time. With tiles of half the picture's side the embedded model's decoder comes within 41 dB
@@ -15,29 +15,35 @@ from torch import Tensor
 OVERLAP = 0.25
 
 
-def run_in_tiles(network: Callable[[Tensor], Tensor], latents: Tensor, factor: int, tile_size: int) -> Tensor:
-    """Run `network` on overlapping tiles of latents (B, C, h, w), and blend what it gives, (B, C', h * f, w * f).
+def run_in_tiles(
+    network: Callable[[Tensor], Tensor], x: Tensor, tile_size: int, pixels_before: int = 1, pixels_after: int = 1
+) -> Tensor:
+    """Run `network` on overlapping tiles of x (B, C, H, W), and blend what it gives.
 
-    factor: f, pixels per latent.  tile_size: side of a tile in pixels.
-    Latents no larger than a tile run whole. Raises ValueError if the tiles would be smaller than 4 latents.
+    tile_size: side of a tile in pixels.
+    pixels_before, pixels_after: side in pixels of one position of x, and of one of what the network gives.
+    What is no larger than a tile runs whole. Raises ValueError if tiles would be smaller than 4 latents.
     """
-    side = tile_size // factor
+    unit = max(pixels_before, pixels_after)
+    before, after = unit // pixels_before, unit // pixels_after
+    side = tile_size // unit
     if side < 4:
-        raise ValueError(f"tile_size is {tile_size} pixels, but tiles need at least {4 * factor}")
-    rows, columns = (_starts(length, side) for length in latents.shape[2:])
+        raise ValueError(f"tile_size is {tile_size} pixels, but tiles need at least {4 * unit}")
+    lengths = [length // before for length in x.shape[2:]]
+    rows, columns = (_starts(length, side) for length in lengths)
     if len(rows) == len(columns) == 1:
-        return network(latents)
+        return network(x)
     total = weight_sum = torch.zeros(())
     for index, (top, left) in enumerate((row, column) for row in rows for column in columns):
-        tile = network(latents[:, :, top : top + side, left : left + side])
+        tile = network(x[:, :, top * before : (top + side) * before, left * before : (left + side) * before])
         if index == 0:
-            size = [length * factor for length in latents.shape[2:]]
+            size = [length * after for length in lengths]
             total, weight_sum = tile.new_zeros(*tile.shape[:2], *size), tile.new_zeros(size)
-        weights = _fade(tile.shape[2], tile)[:, None] * _fade(tile.shape[3], tile)
+        weights = fade(tile.shape[2], OVERLAP, tile)[:, None] * fade(tile.shape[3], OVERLAP, tile)
         rectangle = (
             ...,
-            slice(top * factor, top * factor + tile.shape[2]),
-            slice(left * factor, left * factor + tile.shape[3]),
+            slice(top * after, top * after + tile.shape[2]),
+            slice(left * after, left * after + tile.shape[3]),
         )
         total[rectangle] += tile * weights
         weight_sum[rectangle] += weights
@@ -52,8 +58,11 @@ def _starts(length: int, side: int) -> list[int]:
     return [round(index * (length - side) / (count - 1)) for index in range(count)]
 
 
-def _fade(length: int, like: Tensor) -> Tensor:
-    """Weights of a tile's rows: rising over the overlap, then 1, then falling; never 0, so that borders count."""
-    ramp = length * OVERLAP
+def fade(length: int, overlap: float, like: Tensor) -> Tensor:
+    """Weights of a tile's rows: rising over the overlap, then 1, then falling; never 0, so that borders count.
+
+    overlap: the share of the length; 0 weighs all rows alike.
+    """
+    ramp = max(length * overlap, 0.5)
     rising = (torch.arange(length, device=like.device, dtype=torch.float32) + 0.5) / ramp
     return torch.minimum(rising, rising.flip(0)).clamp(max=1).to(like.dtype)

@@ -1,12 +1,11 @@
 """The UNet of latent diffusion (arXiv 2112.10752, appendix E): predicts the noise in latents from time and text.
 
 (B, in_channels, h, w) latents to (B, out_channels, h, w). What else it needs comes through contexts:
-"diffusion" / "timestep": (B,) or (1,), 0 … 999; "cross_attention" / "text_embedding": (B, L, text_dim).
+"diffusion" / "timestep": (B,) or (1,), 0 … 999, and what `CONDITIONS` tells of.
 """
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 import torch
@@ -15,89 +14,8 @@ from torch import Tensor
 import refiners.fluxion.layers as fl
 from refiners.fluxion.context import Contexts, placed
 from refiners.fluxion.layers.flattening import keep_size, to_picture, to_sequence
-
-
-@dataclass(frozen=True)
-class UNetSpec:
-    """The sizes of a UNet.
-
-    channels: width of each level, from full to lowest resolution; each level but the last ends with a halving.
-    transformer_layers: how many transformer layers follow each residual block of a level; 0 for none.
-    num_heads: attention heads of each level.
-    has_linear_projection: whether the transformers' projections are linear layers rather than 1x1 convolutions.
-    position_frequencies: how many waves along each side tell a position where it lies; 0, as in Stable Diffusion: none.
-    """
-
-    channels: tuple[int, ...] = (320, 640, 1280, 1280)
-    transformer_layers: tuple[int, ...] = (1, 1, 1, 0)
-    num_heads: tuple[int, ...] = (8, 8, 8, 8)
-    blocks_per_level: int = 2
-    text_dim: int = 768
-    in_channels: int = 4
-    out_channels: int = 4
-    norm_groups: int = 32
-    has_linear_projection: bool = False
-    position_frequencies: int = 0
-
-    def __post_init__(self) -> None:
-        sizes = {len(self.channels), len(self.transformer_layers), len(self.num_heads)}
-        if len(sizes) != 1:
-            raise ValueError(
-                f"channels {self.channels}, transformer_layers {self.transformer_layers} and num_heads "
-                f"{self.num_heads} must have one entry per level each"
-            )
-
-    @property
-    def time_dim(self) -> int:
-        """Width of the time embedding."""
-        return 4 * self.channels[0]
-
-    @property
-    def middle_level(self) -> int:
-        """The level whose transformers the middle block has: the lowest that has any."""
-        return max((level for level, layers in enumerate(self.transformer_layers) if layers), default=0)
-
-    @property
-    def skip_channels(self) -> list[int]:
-        """Width of each output that the way down leaves for the way up, in the order of the way down."""
-        skips = [self.channels[0]]
-        for level, width in enumerate(self.channels):
-            skips += [width] * (self.blocks_per_level + (level < len(self.channels) - 1))
-        return skips
-
-
-SD1_UNET = UNetSpec()
-
-
-class TimestepEncoder(fl.Chain):
-    """The time step as sines and cosines of falling frequency, then a small perceptron: (B,) to (B, time_dim)."""
-
-    def __init__(self, spec: UNetSpec) -> None:
-        super().__init__(
-            Sinusoids(spec.channels[0]),
-            fl.Converter(),
-            fl.Linear(spec.channels[0], spec.time_dim),
-            fl.SiLU(),
-            fl.Linear(spec.time_dim, spec.time_dim),
-            fl.SiLU(),  # each residual block starts with it, so it is done once
-        )
-
-
-class Sinusoids(fl.Module):
-    """cos and sin of t / 10000^(2 i / width), for i = 0 … width / 2 - 1 (arXiv 1706.03762, section 3.5)."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.width = width
-
-    def forward(self, timestep: Tensor) -> Tensor:
-        half = self.width // 2
-        steps = torch.arange(half, dtype=torch.float32, device=timestep.device)
-        angles = timestep.float()[:, None] * torch.exp(-math.log(10000) / half * steps)
-        return torch.cat([angles.cos(), angles.sin()], dim=-1)
-
-    def extra_repr(self) -> str:
-        return str(self.width)
+from refiners.foundationals.latent_diffusion.time_encoder import TimestepEncoder
+from refiners.foundationals.latent_diffusion.unet_spec import SD1_UNET, UNetSpec
 
 
 class PositionEncoder(fl.Residual):
@@ -299,8 +217,15 @@ class StepListener(Protocol):
         ...
 
 
-# Where in the contexts of a UNet its conditions are.
-CONDITIONS = {"clip_text_embedding": ("cross_attention", "text_embedding")}
+# Where in the contexts of a UNet its conditions are; `UNetSpec.conditions` tells which it has.
+# clip_text_embedding: (B, L, text_dim).  pooled_text_embedding: (B, pooled_text_dim), of the text as a whole.
+# time_ids: (B, num_time_ids).  condition_scale: (B,), of guidance.
+CONDITIONS = {
+    "clip_text_embedding": ("cross_attention", "text_embedding"),
+    "pooled_text_embedding": ("diffusion", "pooled_text_embedding"),
+    "time_ids": ("diffusion", "time_ids"),
+    "condition_scale": ("diffusion", "condition_scale"),
+}
 
 
 class UNet(fl.Chain):
@@ -339,17 +264,37 @@ class UNet(fl.Chain):
         """Set the text of the next call, (B, L, text_dim)."""
         self.set_context("cross_attention", {"text_embedding": clip_text_embedding})
 
+    def set_pooled_text_embedding(self, pooled_text_embedding: Tensor) -> None:
+        """Set the text of the next call as a whole, (B, pooled_text_dim), for a UNet that reads it."""
+        self.set_context("diffusion", {"pooled_text_embedding": pooled_text_embedding})
+
+    def set_time_ids(self, time_ids: Tensor) -> None:
+        """Set the sizes and the like of the next call, (B, num_time_ids), for a UNet that reads them."""
+        self.set_context("diffusion", {"time_ids": time_ids})
+
+    def set_condition_scale(self, condition_scale: Tensor) -> None:
+        """Set the scale of guidance of the next call, (B,), for a UNet that reads it."""
+        self.set_context("diffusion", {"condition_scale": condition_scale})
+
     def set_conditions(self, conditions: Mapping[str, Tensor]) -> None:
         """Set all that the next call is to know besides the time step, by name.
 
         Raises ValueError if there is something that this UNet does not read, or something is missing.
         """
-        if conditions.keys() != CONDITIONS.keys():
+        wanted, of_adapters = self.spec.conditions, self.adapter_conditions
+        if conditions.keys() - of_adapters.keys() != set(wanted):
             raise ValueError(
-                f"this UNet is to be given {', '.join(CONDITIONS)}, but was given {', '.join(conditions) or 'nothing'}"
+                f"this UNet is to be given {', '.join(wanted)}, but was given {', '.join(conditions) or 'nothing'}"
             )
-        for name, (context, key) in CONDITIONS.items():
-            self.set_context(context, {key: conditions[name]})
+        for name, condition in conditions.items():
+            context, key = CONDITIONS[name] if name in CONDITIONS else name.split(".")
+            self.set_context(context, {key: condition})
+
+    @property
+    def adapter_conditions(self) -> dict[str, Tensor]:
+        """Conditions that adapters in this tree have, in the same halves as all others, by "context.key"."""
+        sources = (module for module in self.step_listeners if hasattr(type(module), "conditions"))
+        return {name: value for source in sources for name, value in cast(Any, source).conditions.items()}
 
     @property
     def step_listeners(self) -> tuple[StepListener, ...]:

@@ -1,7 +1,8 @@
 """What the parameters of a UNet are called in diffusers' folders and in the original single files.
 
 Both speak of the same blocks; they differ in how they number the steps down and up, and in the residual block.
-The position encoder is known to neither: the name that it gets follows those of its neighbours.
+The position encoder is known to neither, and that of guidance to diffusers alone: their names follow those of their
+neighbours.
 """
 
 from refiners.foundationals.latent_diffusion.unet import UNetSpec
@@ -68,6 +69,8 @@ def diffusers_names(spec: UNetSpec) -> Names:
     last, blocks = len(spec.channels) - 1, spec.blocks_per_level
     rules: dict[str, Target] = {
         "Passthrough.TimestepEncoder.Linear_{n}": "time_embedding.linear_{n}",
+        "Passthrough.TimestepEncoder.GuidanceEncoder.Linear": "time_embedding.cond_proj",
+        "Passthrough.TimestepEncoder.TextTimeEncoder.Linear_{n}": "add_embedding.linear_{n}",
         "DownBlocks.Chain_1.Conv2d": "conv_in",
         "DownBlocks.Chain_1.PositionEncoder.Conv2d": "position_conv",
         "MiddleBlock.ResidualBlock_{n}": ("mid_block.resnets.{n-1}", RESIDUAL_BLOCK),
@@ -102,6 +105,9 @@ def single_file_names(spec: UNetSpec) -> Names:
     rules: dict[str, Target] = {
         "Passthrough.TimestepEncoder.Linear_1": "time_embed.0",
         "Passthrough.TimestepEncoder.Linear_2": "time_embed.2",
+        "Passthrough.TimestepEncoder.GuidanceEncoder.Linear": "time_embed.cond_proj",
+        "Passthrough.TimestepEncoder.TextTimeEncoder.Linear_1": "label_emb.0.0",
+        "Passthrough.TimestepEncoder.TextTimeEncoder.Linear_2": "label_emb.0.2",
         "DownBlocks.Chain_1.Conv2d": "input_blocks.0.0",
         "DownBlocks.Chain_1.PositionEncoder.Conv2d": "input_blocks.0.1",
         "DownBlocks.Chain_{n}.Downsample.Conv2d": "input_blocks.{n-1}.0.op",

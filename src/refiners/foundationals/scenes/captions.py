@@ -93,9 +93,14 @@ def caption_of(scene: Scene, chance: Random) -> str:
         text = _listed([f"{thing} {part}" for thing, part in zip(things, parts, strict=True)])
     else:
         text = _listed(things)
-    if chance.random() < 0.5:
-        text += chance.choice([" on {}", " on a {} background"]).format(scene.background)
-    return text
+    return text + _background(scene, chance)
+
+
+def caption_without_places(scene: Scene, chance: Random) -> str:
+    """One of the captions that name the things of a scene and leave open where they are."""
+    things = [with_article(thing) for thing in scene.things]
+    chance.shuffle(things)
+    return _listed(things) + _background(scene, chance)
 
 
 def with_article(thing: Thing) -> str:
@@ -137,6 +142,13 @@ def _part(place: int, corner: str, chance: Random) -> str:
         return chance.choice(["in the {}", "at the {}", f"in the {{}}{corner}"]).format(PLACES[place])
     row, column = PLACES[place].split()
     return chance.choice([f"at the {row}", f"on the {column}"])
+
+
+def _background(scene: Scene, chance: Random) -> str:
+    """Named half of the time."""
+    if chance.random() < 0.5:
+        return chance.choice([" on {}", " on a {} background"]).format(scene.background)
+    return ""
 
 
 def _listed(items: Sequence[str]) -> str:

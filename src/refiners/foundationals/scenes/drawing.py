@@ -22,20 +22,29 @@ STRIPE_SHADE = 0.25  # what the colour is multiplied with in the dark stripes
 
 def draw_scenes(scenes: Scenes, generator: torch.Generator) -> Float[Tensor, "b 3 32 32"]:
     """Pictures of scenes, (B, 3, 32, 32) in [-1, 1]. By lot are each thing's exact place and size."""
+    coverage = (0.5 - distances(scenes, generator)).clamp(0, 1)
+    colors = torch.tensor([*COLORS.values()])[scenes.colors] / 127.5 - 1
+    backgrounds = torch.tensor([*BACKGROUNDS.values()])[scenes.backgrounds] / 127.5 - 1
+    paint = _stripes(scenes.fills, colors[..., None, None])
+    return assemble(torch.lerp(backgrounds[:, None, :, None, None], paint, coverage[:, :, None]))
+
+
+def distances(scenes: Scenes, generator: torch.Generator) -> Float[Tensor, "b 4 16 16"]:
+    """How far each pixel of each quarter is from the edge of its thing, in pixels; negative inside of it."""
     count = scenes.shapes.shape
     offset = (2 * torch.rand(*count, 2, generator=generator) - 1) * JITTER
     radius = RADIUS + (2 * torch.rand(*count, generator=generator) - 1) * RADIUS_SPREAD
     centres = torch.arange(CELL_SIZE) + 0.5 - CELL_SIZE / 2
     x = (centres - offset[..., 0, None])[..., None, :].expand(*count, CELL_SIZE, CELL_SIZE)
     y = (centres - offset[..., 1, None])[..., :, None].expand(*count, CELL_SIZE, CELL_SIZE)
-    coverage = (0.5 - _distance(scenes.shapes, x, y, radius[..., None, None])).clamp(0, 1)
-    colors = torch.tensor([*COLORS.values()])[scenes.colors] / 127.5 - 1
-    backgrounds = torch.tensor([*BACKGROUNDS.values()])[scenes.backgrounds] / 127.5 - 1
-    paint = _stripes(scenes.fills, colors[..., None, None])
-    cells = torch.lerp(backgrounds[:, None, :, None, None], paint, coverage[:, :, None])
-    quarters = cells.reshape(-1, 2, 2, 3, CELL_SIZE, CELL_SIZE)
-    rows = quarters.permute(0, 3, 1, 4, 2, 5)  # b, channel, row, y, column, x
-    return rows.reshape(len(scenes), 3, IMAGE_SIZE, IMAGE_SIZE)
+    return _distance(scenes.shapes, x, y, radius[..., None, None])
+
+
+def assemble(quarters: Float[Tensor, "b 4 c 16 16"]) -> Float[Tensor, "b c 32 32"]:
+    """Pictures from their four quarters."""
+    grid = quarters.reshape(-1, 2, 2, *quarters.shape[2:])
+    rows = grid.permute(0, 3, 1, 4, 2, 5)  # b, channel, row, y, column, x
+    return rows.reshape(len(quarters), -1, IMAGE_SIZE, IMAGE_SIZE)
 
 
 def foreground(scenes: Scenes, images: Tensor) -> Float[Tensor, "b 1 32 32"]:

@@ -86,6 +86,14 @@ def load_reader() -> Reader:
     return Reader(dtype=torch.float32).load_from_safetensors(READER_WEIGHTS).requires_grad_(False)
 
 
+def load_image_encoder() -> fl.Chain:
+    """What the reader makes of pictures before it names what it sees: PIL pictures, or as `read_scenes`, to (B, 96).
+
+    It is for image prompts of the embedded model what CLIP's is for those of Stable Diffusion.
+    """
+    return fl.Chain(fl.Lambda(as_tensor), load_reader()[:-1], fl.AvgPool2d(2), fl.Flatten(1))
+
+
 def read_scenes(images: Sequence[Image.Image] | Float[Tensor, "b 3 32 32"]) -> list[Scene]:
     """What each picture shows; tensors are in [-1, 1].
 
@@ -94,10 +102,11 @@ def read_scenes(images: Sequence[Image.Image] | Float[Tensor, "b 3 32 32"]) -> l
     return load_reader().read(as_tensor(images)).to_list()
 
 
-def as_tensor(images: Sequence[Image.Image] | Tensor) -> Tensor:
-    """Pictures as a tensor (B, 3, 32, 32) in [-1, 1], float32 on the CPU. Raises as `read_scenes`."""
+def as_tensor(images: Image.Image | Sequence[Image.Image] | Tensor) -> Tensor:
+    """One picture or several as a tensor (B, 3, 32, 32) in [-1, 1], float32 on the CPU. Raises as `read_scenes`."""
     if not isinstance(images, Tensor):
-        images = images_to_tensor([image.convert("RGB") for image in images]) * 2 - 1
+        several = [images] if isinstance(images, Image.Image) else images
+        images = images_to_tensor([image.convert("RGB") for image in several]) * 2 - 1
     if images.shape[1:] != (3, IMAGE_SIZE, IMAGE_SIZE):
         raise ValueError(
             f"the reader takes pictures of shape (3, {IMAGE_SIZE}, {IMAGE_SIZE}), not {tuple(images.shape[1:])}; "

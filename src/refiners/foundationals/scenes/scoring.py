@@ -4,8 +4,9 @@ Things and their places are judged apart: a thing in the wrong place is still th
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from typing import TypeVar
 
 from jaxtyping import Float
 from PIL import Image
@@ -14,6 +15,8 @@ from torch import Tensor
 from refiners.foundationals.scenes.captions import Request, holds, parse_caption
 from refiners.foundationals.scenes.reader import read_scenes
 from refiners.foundationals.scenes.scene import Scene, Thing
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -58,10 +61,39 @@ def score(images: Sequence[Image.Image] | Float[Tensor, "b 3 32 32"], captions: 
     Raises ValueError if pictures and captions are not equally many, there are none, the pictures do not have 32 x 32
     pixels, or a caption names no thing.
     """
-    scenes = read_scenes(images)
-    if len(scenes) != len(captions) or not scenes:
-        raise ValueError(f"{len(scenes)} pictures and {len(captions)} captions: give as many of both, at least one")
-    return average([score_scene(scene, request_of(text)) for scene, text in zip(scenes, captions, strict=True)])
+    pairs = _pairs(read_scenes(images), captions, "captions")
+    return average([score_scene(scene, request_of(text)) for scene, text in pairs])
+
+
+@dataclass(frozen=True)
+class LayoutScores:
+    """Shares, 0 … 1, of the pictures that are laid out as they should be.
+
+    places: there is something wherever there should be, and nothing elsewhere.
+    shapes: and all of it is of the right shape.
+    things: and of the right shape and colour.
+    """
+
+    places: float
+    shapes: float
+    things: float
+
+
+def score_layout(images: Sequence[Image.Image] | Float[Tensor, "b 3 32 32"], scenes: Sequence[Scene]) -> LayoutScores:
+    """How often each picture has the things of its scene in the very places of it, and no others.
+
+    Raises ValueError if pictures and scenes are not equally many, or there are none.
+    """
+    pairs = _pairs(read_scenes(images), scenes, "scenes")
+    kinds: list[Callable[[Thing], object]] = [lambda thing: True, lambda thing: thing.shape, lambda thing: thing]
+    shares = [sum(_laid_out(a, kind) == _laid_out(b, kind) for a, b in pairs) / len(pairs) for kind in kinds]
+    return LayoutScores(*shares)
+
+
+def score_carried(images: Sequence[Image.Image] | Float[Tensor, "b 3 32 32"], things: Sequence[Thing]) -> float:
+    """The share of the pictures that have the thing that they should have, somewhere. Raises as `score_layout`."""
+    pairs = _pairs(read_scenes(images), things, "things")
+    return sum(thing in scene.things for scene, thing in pairs) / len(pairs)
 
 
 def request_of(caption: str) -> Request:
@@ -105,6 +137,16 @@ def _is_placed(scene: Scene, request: Request) -> bool:
         for relation in request.relations
     ]
     return all(in_parts) and all(related)
+
+
+def _pairs(scenes: Sequence[Scene], wanted: Sequence[T], what: str) -> list[tuple[Scene, T]]:
+    if len(scenes) != len(wanted) or not scenes:
+        raise ValueError(f"{len(scenes)} pictures and {len(wanted)} {what}: give as many of both, at least one")
+    return list(zip(scenes, wanted, strict=True))
+
+
+def _laid_out(scene: Scene, kind: Callable[[Thing], object]) -> list[object]:
+    return [thing and kind(thing) for thing in scene.places]
 
 
 def _places_of(thing: Thing, scene: Scene) -> set[int]:

@@ -22,12 +22,27 @@ EncodeText = Callable[[str], Tensor]  # a text to its embedding (L, D)
 
 
 @dataclass(frozen=True)
+class Conditioning:
+    """How a picture that a model is led by becomes what the model is given.
+
+    prepare: of one picture, which is as large as that of its sample; kept in the cache.
+    mark: what tells apart ways to prepare it, part of the key.
+    is_its_own: whether a picture that comes without another one is led by itself; else that is an error.
+    """
+
+    prepare: Callable[[Image.Image], Tensor]
+    mark: str
+    is_its_own: bool = False
+
+
+@dataclass(frozen=True)
 class DiffusionBatch:
     """B samples.
 
     latents, noise: (B, C, h, w).  timesteps: (B,), whole.  weights: (B,), what each sample's loss is multiplied with.
     masks: (B, 1, h, w), 0 … 1, or None if all counts.
     embeddings: (B, L, D), or None if the texts are to be encoded in training.
+    conditioning: (B, …), what the model is led by besides, or None if there is nothing.
     """
 
     latents: Tensor
@@ -37,6 +52,7 @@ class DiffusionBatch:
     texts: list[str]
     masks: Tensor | None = None
     embeddings: Tensor | None = None
+    conditioning: Tensor | None = None
 
     def to(self, device: torch.device) -> "DiffusionBatch":
         """The same batch on a device."""
@@ -47,19 +63,23 @@ class DiffusionBatch:
 
 @dataclass(frozen=True)
 class SampleRule:
-    """How a sample is drawn: the range of timesteps, from `first` up to, but without, `end`, and the rest."""
+    """How a sample is drawn: the range of timesteps, from `first` up to, but without, `end`, and the rest.
+
+    conditioning_drop_probability: how often what the model is led by is all zeros.
+    """
 
     seed: int
     end_timestep: int = 1000
     first_timestep: int = 0
     offset_noise: float = 0.0
     flip_probability: float = 0.0
+    conditioning_drop_probability: float = 0.0
     captions: CaptionRule = field(default_factory=CaptionRule)
 
 
 @dataclass(frozen=True)
 class Item:
-    """A picture as latents: (C, h, w), flipped or not, and its mask (1, h, w) if it has one."""
+    """A picture as "latents" (C, h, w), flipped or not, its "mask" (1, h, w) and its "conditioning" if it has them."""
 
     key: str
     size: Size
@@ -73,13 +93,22 @@ class LatentCache:
 
     encoder: what tells apart autoencoders, part of the key.
     has_flips: whether mirrored latents are kept as well.
+    conditioning: None leaves conditioning pictures unread.
     """
 
     def __init__(
-        self, cache: TensorCache, encode: Encode, encoder: str, sizes: Sequence[Size], factor: int, has_flips: bool
+        self,
+        cache: TensorCache,
+        encode: Encode,
+        encoder: str,
+        sizes: Sequence[Size],
+        factor: int,
+        has_flips: bool,
+        conditioning: Conditioning | None = None,
     ) -> None:
         self.cache, self.encode, self.encoder = cache, encode, encoder
         self.sizes, self.factor, self.has_flips = sizes, factor, has_flips
+        self.conditioning = conditioning
 
     def items(
         self, pictures: Sequence[Picture], on_bad_item: OnBadItem, on_progress: Callable[[int, int], None] | None = None
@@ -112,7 +141,10 @@ class LatentCache:
 
     def _item(self, picture: Picture) -> Item:
         mask = _content(picture.mask, f"the mask of {picture.name}") if picture.mask else b""
-        key = key_of(_content(picture.read, picture.name), mask, self.encoder, repr(self.sizes), self.factor)
+        parts = [_content(picture.read, picture.name), mask, self.encoder, repr(self.sizes), self.factor]
+        if self.conditioning is not None:
+            parts += [self.conditioning.mark, _content(*self._led_by(picture, self.conditioning))]
+        key = key_of(*parts)
 
         def read(is_flipped: bool) -> dict[str, Tensor]:
             return self.cache.get(f"{key}{'f' if is_flipped else ''}", lambda: self._encode(picture, is_flipped))
@@ -131,7 +163,22 @@ class LatentCache:
             mask = decode(picture.mask(), f"the mask of {picture.name}", mode="L").resize(image.size)
             counted = _pixels(fit(mask, size), is_flipped)
             tensors["mask"] = functional.avg_pool2d(counted, self.factor)[0]
+        if self.conditioning is not None:
+            read, name = self._led_by(picture, self.conditioning)
+            led_by = fit(decode(read(), name).resize(image.size), size)
+            tensors["conditioning"] = self.conditioning.prepare(_flipped(led_by) if is_flipped else led_by)
         return tensors
+
+    def _led_by(self, picture: Picture, conditioning: Conditioning) -> tuple[Callable[[], bytes], str]:
+        """Reads the picture that a model is led by, and what to call it."""
+        if picture.conditioning is not None:
+            return picture.conditioning, f"the conditioning picture of {picture.name}"
+        if conditioning.is_its_own:
+            return picture.read, picture.name
+        raise DataError(
+            f"{picture.name}: there is no conditioning picture with it; put one of the same name into "
+            "dataset.conditioning_folder"
+        )
 
 
 class LatentBatches:
@@ -178,6 +225,9 @@ class LatentBatches:
             "texts": text,
             "masks": tensors.get("mask"),
         }
+        if "conditioning" in tensors:
+            is_kept = torch.rand((), generator=generator).item() >= rule.conditioning_drop_probability
+            sample["conditioning"] = tensors["conditioning"] * is_kept
         if self.encode_text is not None:
             sample["embeddings"] = self.encode_text(text)
         return sample
@@ -201,4 +251,8 @@ def _content(read: Callable[[], bytes], name: str) -> bytes:
 
 
 def _pixels(image: Image.Image, is_flipped: bool) -> Tensor:
-    return image_to_tensor(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if is_flipped else image)
+    return image_to_tensor(_flipped(image) if is_flipped else image)
+
+
+def _flipped(image: Image.Image) -> Image.Image:
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)

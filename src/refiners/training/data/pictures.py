@@ -1,17 +1,18 @@
 """Captioned pictures, from a folder or from a data set of the hub.
 
 A folder holds pictures at any depth, and captions in `name.txt` beside `name.png`, or in a file `metadata.jsonl` at its
-top with a line `{"file_name": "name.png", "text": "a cat"}` for each.
+top with a line `{"file_name": "name.png", "text": "a cat"}` for each. A picture may have another one with it that a
+model is to be led by: in a folder of its own, or named in that line as `"conditioning_image": "edges/name.png"`.
 """
 
 import importlib
 import io
 import json
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -33,6 +34,7 @@ class Picture:
 
     caption: None if it has none.
     mask: reads a grey picture of any size; the darker a place, the less it counts. None: all counts.
+    conditioning: reads a picture that the model is to be led by, such as the outlines. None: there is none.
     weight: what its loss is multiplied with.
     """
 
@@ -40,6 +42,7 @@ class Picture:
     read: Callable[[], bytes]
     caption: str | None = None
     mask: Callable[[], bytes] | None = None
+    conditioning: Callable[[], bytes] | None = None
     weight: float = 1.0
 
 
@@ -58,34 +61,47 @@ def decode(content: bytes, name: str, mode: str = "RGB") -> Image.Image:
         raise DataError(f"{name}: this is no picture that can be read ({error})") from error
 
 
-def read_folder(folder: Path | str, on_bad_item: OnBadItem = "stop", mask_folder: Path | None = None) -> list[Picture]:
-    """All pictures of a folder, by name.
+def read_folder(
+    folder: Path | str,
+    on_bad_item: OnBadItem = "stop",
+    mask_folder: Path | None = None,
+    conditioning_folder: Path | None = None,
+) -> list[Picture]:
+    """All pictures of a folder, by name, but for those that serve as masks or conditioning pictures.
 
     on_bad_item: what to do with captions that have no picture: raise DataError, or warn and go on.
     mask_folder: holds masks under the names of the pictures (with any suffix); a picture without one counts as a whole.
+    conditioning_folder: holds the conditioning pictures in the same way.
     Raises FileNotFoundError if a folder is not there, DataError if there is no picture, or a caption file is damaged.
     """
     folder = Path(folder)
-    for each in (folder, mask_folder):
-        if each is not None and not each.is_dir():
-            raise FileNotFoundError(f"{each}: there is no such folder of pictures; give one that exists")
-    files = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.suffix.lower() in SUFFIXES}
-    captions = {**_captions_beside(folder), **_captions_in_metadata(folder)}
+    masks, conditioning = _files_by_stem(mask_folder), _files_by_stem(conditioning_folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: there is no such folder of pictures; give one that exists")
+    rows = _rows_of_metadata(folder)
+    named = {row.name.with_suffix(""): folder / row.conditioning for row in rows if row.conditioning is not None}
+    others = {path.resolve() for path in (*masks.values(), *conditioning.values(), *named.values())}
+    found = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in SUFFIXES]
+    files = {path.relative_to(folder): path for path in found if path.resolve() not in others}
+    captions = {**_captions_beside(folder), **{row.name: row.text for row in rows}}
     stems = {path.with_suffix(""): path for path in files}
     lost = [str(name) for name in captions if name not in files and name not in stems]
     complain(lost, f"{folder}: {len(lost)} captions have no picture", on_bad_item)
     if not files:
         raise DataError(f"{folder}: there are no pictures in it ({', '.join(SUFFIXES)})")
-    masks = {} if mask_folder is None else {path.stem: path for path in mask_folder.iterdir() if path.is_file()}
-    return [
-        Picture(
+
+    def picture_of(relative: Path, path: Path) -> Picture:
+        stem = relative.with_suffix("")
+        led_by = named.get(stem, conditioning.get(path.stem))
+        return Picture(
             name=str(path),
             read=path.read_bytes,
-            caption=captions.get(relative, captions.get(relative.with_suffix(""))),
+            caption=captions.get(relative, captions.get(stem)),
             mask=masks[path.stem].read_bytes if path.stem in masks else None,
+            conditioning=None if led_by is None else led_by.read_bytes,
         )
-        for relative, path in files.items()
-    ]
+
+    return [picture_of(relative, path) for relative, path in files.items()]
 
 
 def read_hub(
@@ -94,6 +110,7 @@ def read_hub(
     revision: str | None = None,
     image_column: str = "image",
     caption_column: str = "text",
+    conditioning_column: str | None = None,
 ) -> list[Picture]:
     """All pictures of a data set of the hub, or of a local one that `datasets` can read.
 
@@ -104,20 +121,29 @@ def read_hub(
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("a data set of the hub needs `datasets`: pip install datasets") from error
     rows = datasets.load_dataset(repository, split=split, revision=revision)
-    for column in (image_column, caption_column):
+    image_columns = [column for column in (image_column, conditioning_column) if column is not None]
+    for column in (*image_columns, caption_column):
         if column not in rows.column_names:
             raise DataError(f"{repository}: there is no column {column!r}, only {', '.join(rows.column_names)}")
-    rows = rows.cast_column(image_column, datasets.Image(decode=False))
+    for column in image_columns:
+        rows = rows.cast_column(column, datasets.Image(decode=False))
 
-    def reader(index: int) -> Callable[[], bytes]:
+    def reader(index: int, column: str) -> Callable[[], bytes]:
         def read() -> bytes:
-            image = rows[index][image_column]
+            image = rows[index][column]
             return cast(bytes, image["bytes"]) if image["bytes"] else Path(image["path"]).read_bytes()
 
         return read
 
-    captions = cast("list[str]", list(rows[caption_column]))
-    return [Picture(f"{repository}[{index}]", reader(index), caption) for index, caption in enumerate(captions)]
+    return [
+        Picture(
+            f"{repository}[{index}]",
+            reader(index, image_column),
+            caption,
+            conditioning=None if conditioning_column is None else reader(index, conditioning_column),
+        )
+        for index, caption in enumerate(cast("list[str]", list(rows[caption_column])))
+    ]
 
 
 def with_captions(pictures: Sequence[Picture], on_bad_item: OnBadItem, default: str | None = None) -> list[Picture]:
@@ -149,18 +175,31 @@ def _captions_beside(folder: Path) -> dict[Path, str]:
     return captions
 
 
-def _captions_in_metadata(folder: Path) -> dict[Path, str]:
+def _files_by_stem(folder: Path | None) -> dict[str, Path]:
+    if folder is None:
+        return {}
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: there is no such folder of pictures; give one that exists")
+    return {path.stem: path for path in folder.iterdir() if path.is_file()}
+
+
+class _Row(NamedTuple):
+    name: Path
+    text: str
+    conditioning: Path | None
+
+
+def _rows_of_metadata(folder: Path) -> list[_Row]:
     path = folder / "metadata.jsonl"
-    return dict(_rows(path)) if path.exists() else {}
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [_row_of(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1) if line.strip()]
 
 
-def _rows(path: Path) -> Iterator[tuple[Path, str]]:
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = cast("dict[str, Any]", json.loads(line))
-            yield Path(row["file_name"]), str(row["text"])
-        except (ValueError, KeyError, TypeError) as error:
-            wanted = '{"file_name": "cat.png", "text": "a cat"}'
-            raise DataError(f"{path}, line {number}: a line should be like {wanted}, not {line!r}") from error
+def _row_of(line: str, where: str) -> _Row:
+    try:
+        row = cast("dict[str, Any]", json.loads(line))
+        conditioning = row.get("conditioning_image")
+        return _Row(Path(row["file_name"]), str(row["text"]), None if conditioning is None else Path(conditioning))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        wanted = '{"file_name": "cat.png", "text": "a cat"}'
+        raise DataError(f"{where}: a line should be like {wanted}, not {line!r}") from error

@@ -6,7 +6,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from refiners.training.distributed import Process, joined
-from refiners.training.recipes import dreambooth, finetune, lora, textual_inversion
+from refiners.training.recipes import (
+    control_net,
+    dreambooth,
+    finetune,
+    ip_adapter,
+    lora,
+    t2i_adapter,
+    textual_inversion,
+)
 from refiners.training.recipes.config import TextToImageConfig
 from refiners.training.settings import ConfigError, nearest
 from refiners.training.trainer import Trainer
@@ -24,6 +32,9 @@ RECIPES = {
     "finetune": Recipe(finetune.FinetuneTrainingConfig, finetune.run),
     "dreambooth": Recipe(dreambooth.DreamboothTrainingConfig, dreambooth.run),
     "textual_inversion": Recipe(textual_inversion.TextualInversionTrainingConfig, textual_inversion.run),
+    "control_net": Recipe(control_net.ControlNetTrainingConfig, control_net.run),
+    "ip_adapter": Recipe(ip_adapter.IPAdapterTrainingConfig, ip_adapter.run),
+    "t2i_adapter": Recipe(t2i_adapter.T2IAdapterTrainingConfig, t2i_adapter.run),
 }
 
 

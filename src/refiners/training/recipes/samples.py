@@ -4,20 +4,35 @@ from collections.abc import Callable
 from pathlib import Path
 
 from refiners.foundationals.latent_diffusion import StableDiffusion_1
+from refiners.training.data.pictures import decode
 from refiners.training.recipes.config import DiffusionTestConfig
+from refiners.training.recipes.leading import Lead
+from refiners.training.settings import ConfigError
 from refiners.training.trainer import Callback, Trainer
 
 
 class SaveSamples(Callback):
-    """Makes a picture of each test prompt at each evaluation, always from the same noise."""
+    """Makes a picture of each test prompt at each evaluation, always from the same noise.
 
-    def __init__(self, sd: StableDiffusion_1, config: DiffusionTestConfig) -> None:
-        self.sd, self.config = sd, config
+    lead: what is shown the pictures that come with the prompts.
+    Raises ConfigError if a model that is to be led has not one picture for each prompt, or another has any.
+    """
+
+    def __init__(self, sd: StableDiffusion_1, config: DiffusionTestConfig, lead: Lead | None = None) -> None:
+        wanted = len(config.prompts) if lead is not None else 0
+        if len(config.conditioning) != wanted:
+            raise ConfigError(
+                f"test_diffusion.conditioning names {len(config.conditioning)} pictures, but this recipe needs "
+                f"{wanted}: one for each prompt if it trains with such pictures, else none"
+            )
+        self.sd, self.config, self.lead = sd, config, lead
 
     def on_evaluate(self, trainer: Trainer) -> None:
         """Write `<save_folder>/samples/step-00000100-0.png` and so on."""
         if not self.config.prompts:
             return
+        if self.lead is not None:
+            self.lead.show([decode(path.read_bytes(), str(path)) for path in self.config.conditioning])
         images = self.sd.generate(
             self.config.prompts,
             seed=self.config.seed,

@@ -17,10 +17,13 @@ from refiners.training.data.cache import TensorCache, fingerprint, key_of
 from refiners.training.data.captions import CaptionRule
 from refiners.training.data.latents import DiffusionBatch, Item, LatentBatches, LatentCache, SampleRule
 from refiners.training.data.pictures import Picture, read_folder, read_hub, with_captions
+from refiners.training.data.scenes import draw_pictures
 from refiners.training.distributed import Process
 from refiners.training.losses import DiffusionLoss
 from refiners.training.optimizers import find_optimizer
 from refiners.training.recipes.config import TextToImageConfig
+from refiners.training.recipes.judging import JudgeScenes
+from refiners.training.recipes.leading import Lead
 from refiners.training.recipes.samples import SaveResult, SaveSamples
 from refiners.training.recomputation import recompute
 from refiners.training.reporting import make_reporters, note
@@ -39,6 +42,7 @@ class Choice:
     parameters: what trains.
     save: writes the result, to be used, and returns where it is.
     trains_text: whether text embeddings change in training, so that they cannot be cached.
+    lead: what the model is led by besides the text.
     """
 
     models: dict[str, nn.Module]
@@ -47,6 +51,7 @@ class Choice:
     trains_text: bool = False
     captions: CaptionRule = field(default_factory=CaptionRule)
     saves_often: bool = True
+    lead: Lead | None = None
 
 
 def load_model(config: TextToImageConfig, process: Process) -> StableDiffusion_1:
@@ -63,11 +68,13 @@ def load_model(config: TextToImageConfig, process: Process) -> StableDiffusion_1
 def read_pictures(config: TextToImageConfig) -> list[Picture]:
     """The pictures of the config's data set that have captions."""
     dataset = config.dataset
-    if dataset.folder is not None:
-        pictures = read_folder(dataset.folder, dataset.on_bad_item, dataset.mask_folder)
+    if dataset.scenes is not None:
+        pictures = draw_pictures(dataset.scenes.count, dataset.scenes.conditioning, dataset.scenes.seed)
+    elif dataset.folder is not None:
+        pictures = read_folder(dataset.folder, dataset.on_bad_item, dataset.mask_folder, dataset.conditioning_folder)
     else:
         assert dataset.hf_repo is not None
-        columns = (dataset.image_column, dataset.caption_column)
+        columns = (dataset.image_column, dataset.caption_column, dataset.conditioning_column)
         pictures = read_hub(dataset.hf_repo, dataset.split, dataset.revision, *columns)
     return with_captions(pictures, dataset.on_bad_item, dataset.default_caption)
 
@@ -85,7 +92,7 @@ def train(
     find_optimizer(config.optimizer.optimizer)  # what is not installed is told before the latents are made
     dropped = config.latent_diffusion.unconditional_sampling_probability
     captions = replace(choice.captions, drop_probability=dropped)
-    items = _prepare_items(config, sd, pictures, process)
+    items = _prepare_items(config, sd, pictures, process, choice.lead)
     held_out, items = _split(items, config.dataset.held_out)
     encode_text = None if choice.trains_text else _text_cache(config, sd, [*items, *held_out], captions, process)
     rule = SampleRule(
@@ -94,24 +101,33 @@ def train(
         end_timestep=min(config.latent_diffusion.end_timestep, loss.params.num_train_timesteps),
         offset_noise=config.latent_diffusion.offset_noise,
         flip_probability=config.dataset.flip_probability,
+        conditioning_drop_probability=choice.lead.drop_probability if choice.lead else 0.0,
         captions=captions,
     )
-    test_rule = replace(rule, seed=config.training.evaluation_seed, flip_probability=0.0, captions=choice.captions)
+    test_rule = replace(
+        rule,
+        seed=config.training.evaluation_seed,
+        flip_probability=0.0,
+        conditioning_drop_probability=0.0,
+        captions=choice.captions,
+    )
     size = config.training.batch_size
     models = {"unet": sd.unet, **choice.models}  # the UNet in any case: gradients go through it
     blocks = [module for model in models.values() for module in model.modules() if isinstance(module, BLOCKS)]
     if config.training.gradient_checkpointing:
-        blocks = [block for model in models.values() for block in recompute(model, BLOCKS)]
+        holders = [model for model in models.values() if not set(blocks).isdisjoint(model.modules())]
+        blocks = [block for model in holders for block in recompute(model, BLOCKS)]
     trainer = Trainer(
         models,
-        make_objective(sd, loss),
+        make_objective(sd, loss, choice.lead),
         LatentBatches(items, size, rule, encode_text),
         config,
         trained=choice.parameters,
         held_out=LatentBatches(held_out, size, test_rule, encode_text) if held_out else None,
         callbacks=[
             *reporters,
-            SaveSamples(sd, config.test_diffusion),
+            SaveSamples(sd, config.test_diffusion, choice.lead),
+            *([JudgeScenes(sd, config, choice.lead)] if choice.lead and config.dataset.scenes else []),
             SaveResult(choice.save, choice.saves_often),
             *callbacks,
         ],
@@ -122,12 +138,17 @@ def train(
     return trainer
 
 
-def make_objective(sd: StableDiffusion_1, loss: DiffusionLoss) -> Callable[[DiffusionBatch], Tensor]:
+def make_objective(
+    sd: StableDiffusion_1, loss: DiffusionLoss, lead: Lead | None = None
+) -> Callable[[DiffusionBatch], Tensor]:
     """The mean loss of a batch: how well the UNet tells what it should."""
 
     def compute_loss(batch: DiffusionBatch) -> Tensor:
         batch = batch.to(sd.device)
         text: Tensor = sd.clip_text_encoder(batch.texts) if batch.embeddings is None else batch.embeddings
+        if lead is not None:
+            assert batch.conditioning is not None
+            lead.set(batch.conditioning)
         noisy = loss.add_noise(batch.latents, batch.noise, batch.timesteps)
         sd.unet.set_timestep(batch.timesteps)
         sd.unet.set_clip_text_embedding(text.to(sd.dtype))
@@ -150,7 +171,11 @@ def _make_loss(config: TextToImageConfig, sd: StableDiffusion_1) -> DiffusionLos
 
 
 def _prepare_items(
-    config: TextToImageConfig, sd: StableDiffusion_1, pictures: Sequence[Picture], process: Process
+    config: TextToImageConfig,
+    sd: StableDiffusion_1,
+    pictures: Sequence[Picture],
+    process: Process,
+    lead: Lead | None,
 ) -> list[Item]:
     """Latents of all pictures. Each process works out its share, then all read all."""
     dataset, factor = config.dataset, sd.lda.spec.downsampling_factor
@@ -162,7 +187,8 @@ def _prepare_items(
         return sd.lda.encode(pixels.to(sd.device, sd.dtype))
 
     cache = TensorCache(_cache_folder(config) / "latents")
-    latents = LatentCache(cache, encode, fingerprint(sd.lda), sizes, factor, dataset.flip_probability > 0)
+    has_flips, conditioning = dataset.flip_probability > 0, lead and lead.conditioning
+    latents = LatentCache(cache, encode, fingerprint(sd.lda), sizes, factor, has_flips, conditioning)
     if process.count > 1:
         latents.fill(pictures[process.rank :: process.count])
         process.wait()

@@ -1,7 +1,16 @@
 """Files of weight updates (LoRA and its kin): from the keys of any format to places in a model, and back."""
 
 from refiners.weights.lora_keys.kinds import Key, Kind, split_key
-from refiners.weights.lora_keys.places import CLIP_TEXT_ENCODER, UNET, Component, Place, Places
+from refiners.weights.lora_keys.places import (
+    CLIP_TEXT_ENCODER,
+    UNET,
+    XL_TEXT_ENCODER,
+    XL_TEXT_ENCODER_2,
+    XL_UNET,
+    Component,
+    Place,
+    Places,
+)
 from refiners.weights.lora_keys.reading import LoraFile, read_lora
 from refiners.weights.lora_keys.settings import Settings, parse_settings
 from refiners.weights.lora_keys.updates import (
@@ -19,6 +28,9 @@ from refiners.weights.lora_keys.writing import LoraFormat, check_format, format_
 __all__ = [
     "CLIP_TEXT_ENCODER",
     "UNET",
+    "XL_TEXT_ENCODER",
+    "XL_TEXT_ENCODER_2",
+    "XL_UNET",
     "Component",
     "Key",
     "Kind",

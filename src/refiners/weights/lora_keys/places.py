@@ -3,7 +3,7 @@
 import difflib
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 _PEFT_PREFIX = "base_model.model."  # peft wraps a model twice
@@ -29,12 +29,14 @@ class Component:
     dotted, flat: before names with dots, and before those with underscores in their place. The first of each is what we
         write.
     hidden: what peft's names lack, as the module that it stands for is gone from the newest releases.
+    kohya_names: which of the names of a place kohya's files have: the first, or the second, which is the original one.
     """
 
     name: str
     dotted: tuple[str, ...]
     flat: tuple[str, ...]
     hidden: str = ""
+    kohya_names: int = 0
 
 
 UNET = Component(
@@ -51,6 +53,23 @@ CLIP_TEXT_ENCODER = Component(
     flat=("lora_te_", "lora_te1_", "lycoris_"),
     hidden="text_model.",
 )
+# Of Stable Diffusion XL, in whose text encoders the same names come twice, so that none stands without a prefix.
+XL_UNET = replace(UNET, kohya_names=1)
+XL_TEXT_ENCODER = Component(
+    "clip_text_encoder",
+    dotted=(
+        *("text_encoder.", "lora_te1.", "clip_l.", "text_encoders.clip_l.transformer."),
+        "conditioner.embedders.0.transformer.",
+    ),
+    flat=("lora_te1_",),
+    hidden="text_model.",
+)
+XL_TEXT_ENCODER_2 = Component(
+    "clip_text_encoder_2",
+    dotted=("text_encoder_2.", "lora_te2.", "clip_g.", "text_encoders.clip_g.transformer."),
+    flat=("lora_te2_",),
+    hidden="text_model.",
+)
 
 
 @dataclass(frozen=True)
@@ -60,7 +79,8 @@ class Place:
     path: ours, from the component on: `unet.MiddleBlock.….Linear_1`.
     layer: "linear", "convolution", or what else it is, in words.
     shape: of its weight.
-    names: what others call it, without the component; the first is diffusers' or transformers'.
+    names: what others call it, without the component; the first is diffusers' or transformers', the second the
+        original one.
     """
 
     component: Component
@@ -77,7 +97,7 @@ class Place:
     @property
     def flat_name(self) -> str:
         """As kohya writes it, with the component."""
-        return f"{self.component.flat[0]}{self.names[0].replace('.', '_')}"
+        return f"{self.component.flat[0]}{self.names[self.component.kohya_names].replace('.', '_')}"
 
     @property
     def peft_name(self) -> str:

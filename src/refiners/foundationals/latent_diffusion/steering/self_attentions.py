@@ -1,0 +1,48 @@
+"""Where the picture attends to itself in a UNet: the places that most edits of sampling go to."""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+from torch import nn
+
+import refiners.fluxion.layers as fl
+from refiners.foundationals.latent_diffusion.unet import UNet
+from refiners.foundationals.latent_diffusion.unet_names import diffusers_names
+
+
+@dataclass(frozen=True)
+class Place:
+    """A self-attention of a UNet.
+
+    name: what diffusers calls it, as in `mid_block.attentions.0.transformer_blocks.0.attn1`.
+    product: what takes its queries, keys and values.
+    """
+
+    name: str
+    attention: fl.SelfAttention
+    product: fl.ScaledDotProductAttention
+
+
+def self_attentions(unet: UNet, patterns: str | Sequence[str] = "") -> list[Place]:
+    """The self-attentions whose name has a match of one of the regular expressions, in the order of the tree.
+
+    Raises ValueError for a pattern that matches none.
+    """
+    names = diffusers_names(unet.spec)
+    places: list[Place] = []
+    modules = cast("Iterator[tuple[str, nn.Module]]", unet.named_modules())
+    for path, module in modules:
+        is_covered, name = names._find(f"{path}.Linear.weight", is_to_theirs=True)
+        if isinstance(module, fl.SelfAttention) and is_covered and name:  # others belong to an adapter
+            product = module.ensure_find(fl.ScaledDotProductAttention)
+            places.append(Place(name.removesuffix(".to_out.0.weight"), module, product))
+    chosen: list[Place] = []
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        found = [place for place in places if re.search(pattern, place.name)]
+        if not found:
+            known = ", ".join(place.name for place in places)
+            raise ValueError(f"{pattern!r} matches no self-attention of this UNet; it has {known or 'none'}")
+        chosen += found
+    return [place for place in places if place in chosen]
