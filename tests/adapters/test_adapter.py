@@ -285,3 +285,37 @@ def test_an_adapter_survives_when_its_neighbours_come_and_go() -> None:
     assert picture(model) == before
     assert torch.equal(model(x), output)
     adapter.eject()
+
+
+# -- a module in two slots of one chain
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+@pytest.mark.parametrize("make_shared", [lambda: fl.Linear(WIDTH, WIDTH), lambda: fl.Chain(fl.UseContext("a", "b"))])
+def test_a_module_in_two_slots_is_adapted_in_each_and_restored(make_shared: Any, order: tuple[int, int]) -> None:
+    shared = make_shared()
+    model, x = fl.Chain(shared, fl.ReLU(), shared), make_input()
+
+    def run() -> torch.Tensor:
+        model.set_context("a", {"b": x})
+        return model(x)
+
+    before = run()
+    adapters = [Doubled(shared).inject(model), Doubled(shared).inject(model)]
+    assert list(model)[::2] == adapters
+    assert not torch.equal(run(), before)
+    for index in order:
+        adapters[index].eject()
+    assert model[0] is model[2] is shared
+    assert torch.equal(run(), before)
+
+
+def test_a_chain_in_two_slots_keeps_its_parent_when_one_adapter_goes_or_fails() -> None:
+    shared = fl.Chain(fl.Identity())
+    model = fl.Chain(shared, fl.ReLU(), shared)
+    Doubled(shared).inject(model).eject()
+    assert shared.parent is model
+    with pytest.raises(RuntimeError, match="stop"), fl.transaction():
+        Doubled(shared).inject(model)
+        raise RuntimeError("stop")
+    assert shared.parent is model

@@ -107,7 +107,10 @@ class Adapter(ContextModule, Generic[T]):
         with transaction():
             self._set_state(_name=_free_name(self, place))
             if place is not None:
+                record(lambda: place._connect(target))
                 place._set_children({**place._modules, place.slot_of(target): self})
+                if any(child is target for child in place):  # it stays in another slot, where it may be adapted too
+                    ownership.share(target)
             self._settle(target)
             self._set_state(_is_injected=True)
         return self
@@ -124,6 +127,7 @@ class Adapter(ContextModule, Generic[T]):
             self._unsettle(occupant)
             if parent is not None:
                 parent._set_children({**parent._modules, parent.slot_of(self): occupant})
+                parent._connect(occupant)  # `_set_children` does so unless it sits in another slot there already
                 for outer in (parent, *parent.get_parents()):
                     if isinstance(outer, Adapter) and outer._target == (self,):
                         outer._set_state(_target=(occupant,))
