@@ -76,7 +76,8 @@ class Boft(Oft):
     """BOFT as in LyCORIS: as `Oft`, but in several stages, by R, and with the entries of a block interleaved.
 
     blocks: (stages, n, rank, rank).
-    At a scale other than 1 the update is scaled, as with every kind here; LyCORIS moves each stage that far from I to R.
+    At a scale other than 1 the update is scaled, as with every kind here; LyCORIS moves each stage that far from I to
+    R.
     """
 
     kind = Kind.BOFT
