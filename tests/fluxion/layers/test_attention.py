@@ -303,3 +303,11 @@ def test_attention_keeps_its_arguments_and_holds_four_linears() -> None:
 def test_heads_that_do_not_divide_are_refused_with_both_numbers(build: Callable[[], Any], dim: int, heads: int) -> None:
     with pytest.raises(ValueError, match=f"{dim} .*{heads} heads"):
         build()
+
+
+def test_none_for_is_causal_is_no_as_in_the_last_refiners() -> None:
+    q, k, v = (torch.randn(2, 5, 4) for _ in range(3))
+    plain = fl.ScaledDotProductAttention(2, is_causal=None)
+    assert torch.equal(plain(q, k, v), fl.ScaledDotProductAttention(2)(q, k, v))
+    for attention in (fl.Attention(4, is_causal=None), fl.SelfAttention2d(4, is_causal=None)):
+        assert attention.is_causal is False

@@ -27,7 +27,7 @@ class ScaledDotProductAttention(Module):
     def __init__(
         self,
         num_heads: int = 1,
-        is_causal: bool = False,
+        is_causal: bool | None = False,
         is_optimized: bool = True,
         slice_size: int | None = None,
     ) -> None:
@@ -37,7 +37,7 @@ class ScaledDotProductAttention(Module):
         if slice_size is not None and (slice_size < 1 or is_causal):
             raise ValueError(f"slice_size={slice_size} must be at least 1, and does not go with is_causal={is_causal}")
         self.num_heads = num_heads
-        self.is_causal = is_causal
+        self.is_causal = bool(is_causal)  # None, the last Refiners' default, is no
         self.is_optimized = is_optimized
         self.slice_size = slice_size
 
@@ -87,7 +87,7 @@ class Attention(Chain):
         value_embedding_dim: int | None = None,
         inner_dim: int | None = None,
         use_bias: bool = True,
-        is_causal: bool = False,
+        is_causal: bool | None = False,
         is_optimized: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -98,7 +98,7 @@ class Attention(Chain):
         self.value_embedding_dim = value_embedding_dim or embedding_dim
         self.inner_dim = inner_dim or embedding_dim
         self.use_bias = use_bias
-        self.is_causal = is_causal
+        self.is_causal = bool(is_causal)
         self.is_optimized = is_optimized
         if num_heads < 1 or self.inner_dim % num_heads:
             raise ValueError(f"the inner dimension {self.inner_dim} does not divide into {num_heads} heads")
@@ -123,7 +123,7 @@ class SelfAttention(Attention):
         inner_dim: int | None = None,
         num_heads: int = 1,
         use_bias: bool = True,
-        is_causal: bool = False,
+        is_causal: bool | None = False,
         is_optimized: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -149,7 +149,7 @@ class SelfAttention2d(SelfAttention):
         channels: int,
         num_heads: int = 1,
         use_bias: bool = True,
-        is_causal: bool = False,
+        is_causal: bool | None = False,
         is_optimized: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
