@@ -240,6 +240,8 @@ def test_broken_file_is_refused_with_path_and_reason(case: str, read: Callable[[
         (b"\x80\x02" + b"\x8a" * 20, "pickle.*read_torch"),
         (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
         (b"<!DOCTYPE html><html></html>", "web page"),
+        (b"\x89PNG\r\n\x1a\n" + b"\x00" * 20, "picture"),
+        (b"\xff\xd8\xff\xe0" + b"\xff" * 20, "picture"),
     ],
 )
 def test_file_without_a_header_is_refused_and_named(content: bytes, reason: str, tmp_path: Path) -> None:

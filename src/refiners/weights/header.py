@@ -48,6 +48,8 @@ _IMPOSTORS = {
     b"version ": "a Git LFS pointer: run `git lfs pull` to fetch the file itself",
     b"<": "a web page: download the file itself",
     b"GGUF": "a GGUF file: convert it to safetensors",
+    b"\x89PNG": "a picture: give the path of a weights file",
+    b"\xff\xd8\xff": "a picture: give the path of a weights file",
 }
 
 
