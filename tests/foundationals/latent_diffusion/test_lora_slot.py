@@ -94,6 +94,29 @@ def test_what_does_not_fit_leaves_the_slot_as_it_was(
         sd.loras.reserve(rank=1)
 
 
+@pytest.mark.parametrize("scale", [float("nan"), [0.5, float("inf")], "0.5"])
+def test_a_bad_scale_leaves_the_slot_as_it_was(sd: StableDiffusion_1, files: dict[str, Path], scale: Any) -> None:
+    slot = sd.loras.reserve(rank=4)
+    slot.load(files["all"], scale=0.5)
+    before = outputs(sd)
+    with pytest.raises((TypeError, ValueError), match="scale"):
+        slot.load(files["attention"], scale=scale)
+    assert all(torch.equal(one, other) for one, other in zip(outputs(sd), before, strict=True))
+
+
+def test_values_beyond_the_number_format_of_the_model_leave_the_slot_as_it_was(
+    sd: StableDiffusion_1, files: dict[str, Path], tmp_path: Path
+) -> None:
+    sd.unet.to(torch.float16)
+    slot = sd.loras.reserve(rank=4)
+    slot.load(files["all"])
+    before = {name: tensor.clone() for name, tensor in sd.unet.state_dict().items()}
+    tensors = {key: tensor * 1e6 for key, tensor in LoraWeights(files["forward"]).file.tensors.items()}
+    with pytest.raises(ValueError, match=r"in torch\.float16 the up of .lora_unet_.*_ff_.* has values that are NaN"):
+        slot.load(write(tmp_path / "large.safetensors", tensors))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in sd.unet.state_dict().items())
+
+
 @pytest.mark.slow
 def test_a_compiled_model_is_compiled_once_for_all_files(sd: StableDiffusion_1, files: dict[str, Path]) -> None:
     slot = sd.loras.reserve(rank=4)

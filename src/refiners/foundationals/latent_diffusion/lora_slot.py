@@ -6,14 +6,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from refiners.adapters.delta import Scale
+from refiners.adapters.delta import Scale, checked_scale
 from refiners.adapters.lora import LoraAdapter
 from refiners.adapters.low_rank import Lora, lora_for
 from refiners.fluxion.layers.transaction import transaction
 from refiners.foundationals.latent_diffusion.lora_places import Patchable, find_layers
 from refiners.foundationals.latent_diffusion.lora_report import LoraReport, attached_update
 from refiners.foundationals.latent_diffusion.lora_weights import LoraWeights
-from refiners.weights.lora_keys import Kind, LoraUpdate
+from refiners.weights.lora_keys import Kind, LoraUpdate, check_finite
 
 
 class LoraSlot:
@@ -38,15 +38,23 @@ class LoraSlot:
     def load(self, lora: Path | str | LoraWeights, scale: Scale = 1.0, strict: bool = True) -> LoraReport:
         """Put a LoRA in the place of the one that is there, all or nothing, and say what was done.
 
-        Raises ValueError as `LoraWeights.patch`, and if a rank is above that of the slot, or an update is no LoRA.
+        Raises ValueError as `LoraWeights.patch`, and if a rank is above that of the slot, or an update is no LoRA;
+        TypeError if the scale is no number.
         """
+        kept = checked_scale(scale)
         weights = lora if isinstance(lora, LoraWeights) else LoraWeights(lora)
         contents = weights.read_for(self._model, strict)
         for update in contents.updates:
             self._check(weights.file.path, update)
         updates = {update.place.path: update for update in contents.updates}
+        factors = {path: self._placed(weights.file.path, update) for path, update in updates.items()}
         for path, own in self._loras.items():
-            self._fill(own, updates.get(path), scale)
+            if path in updates:
+                _fill(own, *factors[path])
+                own.set_alpha(updates[path].strength * self.rank)
+                own.scale = kept
+            elif own.scale != 0.0:
+                own.scale = 0.0
         attached = tuple(attached_update(update, self._loras[path].dtype) for path, update in updates.items())
         return LoraReport(str(weights.file.path), self.name, attached, contents.left_out)
 
@@ -67,19 +75,23 @@ class LoraSlot:
                 "reserve more, or resize the file"
             )
 
-    @torch.no_grad()
-    def _fill(self, own: Lora[Any], update: LoraUpdate | None, scale: Scale) -> None:
-        if update is None:
-            if own.scale != 0.0:
-                own.scale = 0.0
-            return
-        down, up = folded(update)
-        rank = down.shape[0]
-        own.down.weight[:rank].copy_(down)
-        own.up.weight[:, :rank].copy_(up)
-        own.up.weight[:, rank:].zero_()
-        own.set_alpha(update.strength * self.rank)
-        own.scale = scale
+    def _placed(self, path: Path, update: LoraUpdate) -> tuple[Tensor, Tensor]:
+        """The ways down and up. Raises ValueError if they leave the range of the layer's number format."""
+        dtype, placed = self._loras[update.place.path].dtype, list[Tensor]()
+        for part, tensor in zip(("down", "up"), folded(update), strict=True):
+            if torch.finfo(dtype).max < torch.finfo(tensor.dtype).max:
+                tensor = tensor.to(dtype)
+                check_finite([(f"{path}: in {dtype} the {part} of {update.name!r}", tensor)])
+            placed.append(tensor)
+        return placed[0], placed[1]
+
+
+@torch.no_grad()
+def _fill(own: Lora[Any], down: Tensor, up: Tensor) -> None:
+    rank = down.shape[0]
+    own.down.weight[:rank].copy_(down)
+    own.up.weight[:, :rank].copy_(up)
+    own.up.weight[:, rank:].zero_()
 
 
 def folded(update: LoraUpdate) -> tuple[Tensor, Tensor]:
