@@ -212,6 +212,9 @@ def test_files_that_are_no_weights(models: Models, tensors: Tensors, tmp_path: P
         ('{"peft_type": "LOKR", "rank_pattern": {"(a+)+$": 3}}', "rank_pattern has the regular expression"),
         ('{"peft_type": "OFT", "num_cayley_neumann_terms": 1e9}', "should be from 1 to 100, but it is 1e"),
         ('{"lora_alpha": 1, "init_lora_weights": "pissa"}', "'pissa', which changes the base model too"),
+        ('{"lora_alpha": 1, "init_lora_weights": "lora_ga"}', "'lora_ga', which changes the base model too"),
+        ('{"lora_alpha": 1, "alora_invocation_tokens": [1, 2]}', "this is an activated LoRA"),
+        ('{"peft_type": "OFT", "coft": true, "eps": null}', "eps should be a finite number, but it is None"),
     ],
 )
 def test_settings_that_cannot_be(models: Models, tensors: Tensors, tmp_path: Path, text: str, message: str) -> None:

@@ -121,6 +121,10 @@ PEFT: dict[str, tuple[Callable[[list[str]], Any], dict[str, list[str]]]] = {
         lambda names: OFTConfig(r=0, oft_block_size=8, target_modules=names, use_cayley_neumann=False),
         LINEAR,
     ),
+    "OFT with a limit": (
+        lambda names: OFTConfig(r=0, oft_block_size=8, target_modules=names, coft=True, eps=0.8),
+        LINEAR,
+    ),
     "BOFT": (
         lambda names: BOFTConfig(boft_block_size=4, boft_n_butterfly_factor=2, target_modules=names),
         ALL,

@@ -1,5 +1,6 @@
 """Where peft means something else by a tensor than LyCORIS does by the one of the same name, there and back."""
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -19,7 +20,7 @@ def as_of_lycoris(
     keys: of the parts, in the file. settings: None if there are none, as LyCORIS writes none. name: of the layer.
     Magnitudes of a convolution's outputs lie in the first dimension, not the second. The strength of a LoKr without any
     low-rank factor, which LyCORIS knows none of, goes into w1. OFT gets the number of terms of its series as one more
-    part, if it is not the usual one.
+    part, if it is not the usual one, and turns no further than its settings allow.
     """
     found = dict(parts)
     if PEFT_MAGNITUDE in keys.get("magnitude", ""):
@@ -32,7 +33,16 @@ def as_of_lycoris(
         found["w1"] = found["w1"] if strength == 1 else found["w1"].float() * strength
     if kind is Kind.OFT and settings.cayley_terms != CAYLEY_TERMS and found["blocks"].ndim == 2:
         found["terms"] = torch.tensor(settings.cayley_terms)
+    if kind is Kind.OFT and settings.turn_limit is not None and found["blocks"].ndim == 2:
+        found["blocks"] = _limited(found["blocks"], settings.turn_limit)
     return found
+
+
+def _limited(blocks: Tensor, limit: float) -> Tensor:
+    """Entries above the diagonals of skew matrices (n, entries); each matrix has a norm of at most limit / √n."""
+    norms = (2 * blocks.float().square().sum(dim=1, keepdim=True)).sqrt()
+    most = limit / math.sqrt(max(len(blocks), 1))
+    return torch.where(norms <= most, blocks, (blocks.float() * (most / norms)).to(blocks.dtype))
 
 
 def rows(magnitude: Tensor) -> Tensor:

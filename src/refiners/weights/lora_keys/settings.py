@@ -15,7 +15,7 @@ METADATA_KEY = "lora_adapter_metadata"  # where diffusers keeps peft's settings 
 CAYLEY_TERMS = 5  # what peft takes of the series in OFT if nothing else is said
 
 # With these, the base was changed before training: the two factors alone are not what was learned.
-_CHANGES_BASE = re.compile(r"pissa|olora|corda|loftq", re.IGNORECASE)
+_CHANGES_BASE = re.compile(r"pissa|olora|corda|loftq|lora_ga", re.IGNORECASE)
 _LARGEST = 3e38  # alphas are saved in single precision
 _MOST_TERMS = 100
 _LITERAL = re.compile(r"\^?[\w.]+")
@@ -30,6 +30,8 @@ class Settings:
     alphas, ranks: of single layers, by pattern: the end of a layer's name, from a dot on, or with `^` its whole name.
     rank: of a LoKr, which alone needs it; else 0.
     cayley_terms: of the series that OFT has for a turn; 0 if it is worked out exactly.
+    turn_limit: of the norm of all turns of an OFT together, which peft keeps them to whenever it runs ("COFT"); None
+        for none.
     """
 
     alpha: float | None
@@ -38,6 +40,7 @@ class Settings:
     rank: float = 0.0
     ranks: Mapping[str, float] = field(default_factory=dict[str, float])
     cayley_terms: int = CAYLEY_TERMS
+    turn_limit: float | None = None
 
     def alpha_of(self, name: str, rank: int | float) -> float:
         """The alpha for alpha / rank, the rank if none is said; name: of the layer, with dots, as in the model."""
@@ -78,6 +81,8 @@ def _settings(where: str, values: dict[str, object]) -> Settings:
             f"{where}: this LoRA was started by {start!r:.80}, which changes the base model too; "
             "convert it to a plain LoRA with peft (save_pretrained with path_initial_model_for_weight_conversion)"
         )
+    if values.get("alora_invocation_tokens"):
+        raise ValueError(f"{where}: this is an activated LoRA, which works from some tokens of a text on, and not here")
     name = "lora_alpha" if "lora_alpha" in values else "alpha"  # LoHa and LoKr have the shorter one
     alpha = values.get(name)
     with_rank = values if values.get("peft_type") == "LOKR" else {}
@@ -88,6 +93,7 @@ def _settings(where: str, values: dict[str, object]) -> Settings:
         rank=_number(where, "r", with_rank.get("r", 0)),
         ranks=_pattern(where, "rank_pattern", with_rank),
         cayley_terms=_cayley_terms(where, values),
+        turn_limit=_number(where, "eps", values.get("eps")) if _boolean(where, "coft", values.get("coft")) else None,
     )
 
 
