@@ -13,6 +13,8 @@ from refiners.foundationals.latent_diffusion.lora_weights import assign_updates,
 from refiners.weights.formats import Identity, identify
 from refiners.weights.lora_keys import Kind, LeftOut, LoraFile, alpha_of, read_lora, split_key, starts_with_rank
 
+_GENERAL = (Kind.LORA, Kind.WHOLE)  # parts that an update of a more special kind has as well
+
 
 @dataclass(frozen=True)
 class LoraInspection:
@@ -67,7 +69,7 @@ def inspect_lora(path: Path | str, model: Patchable | None = None) -> LoraInspec
         dtypes[tensor.dtype] += 1
         if found is None:
             continue
-        if found.kind is not None and (found.kind is not Kind.LORA or found.layer not in kinds):
+        if found.kind is not None and (found.kind not in _GENERAL or found.layer not in kinds):
             kinds[found.layer] = found.kind
         if tensor.ndim and starts_with_rank(found.kind, found.part):
             ranks[found.layer] = tensor.shape[0]
