@@ -1,7 +1,7 @@
 """Recipes from one TOML to a file that others load, and what training them is: the same gradients as peft's."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -15,16 +15,27 @@ from refiners.fluxion.utils import load_from_safetensors
 from refiners.foundationals.clip import ConceptExtender
 from refiners.foundationals.clip.concepts import Concept
 from refiners.foundationals.latent_diffusion import StableDiffusion_1
-from refiners.foundationals.latent_diffusion.lora import LoraWeights
+from refiners.foundationals.latent_diffusion.lora import LoraWeights, inspect_lora
 from refiners.foundationals.latent_diffusion.unet import TransformerLayer
 from refiners.foundationals.latent_diffusion.unet_names import diffusers_names
-from refiners.training import DiffusionLoss, Trainer, find_targets
+from refiners.training import ConfigError, DiffusionLoss, Trainer, find_targets
 from refiners.training.data.latents import DiffusionBatch
 from refiners.training.data.pictures import DataWarning
 from refiners.training.recipes.dreambooth import balanced
 from refiners.training.recipes.lora import LoraConfig, inject_loras
 from refiners.training.recipes.registry import train
 from refiners.training.recipes.text_to_image import make_objective
+from refiners.weights.lora_keys import Kind
+
+KINDS = {
+    "dora": Kind.DORA,
+    "loha": Kind.LOHA,
+    "lokr": Kind.LOKR,
+    "glora": Kind.GLORA,
+    "oft": Kind.OFT,
+    "boft": Kind.OFT,  # LyCORIS calls its parts the same
+    "ia3": Kind.IA3,
+}
 
 
 def write_config(folder: Path, recipe: str, model: Path, pictures: Path, **sections: str) -> Path:
@@ -170,6 +181,35 @@ def test_a_lora_learns_and_the_base_does_not_move(tmp_path: Path, model_folder: 
             batch = trainer.batches.get(0, 0, 0, 1)
             values.append(float(make_objective(sd, DiffusionLoss())(batch)))
     assert values[1] < 0.8 * values[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["dora", "loha", "lokr", "glora", "oft", "boft", "ia3"])
+def test_other_kinds_train_and_their_file_does_what_was_trained(
+    tmp_path: Path, model_folder: Path, picture_folder: Path, kind: str
+) -> None:
+    lora = f'kind = "{kind}"\nunet_targets = ["TransformerLayer", "ResidualBlock"]\nlayers = ["Linear", "Conv2d"]'
+    size = "" if kind == "ia3" else "\nrank = 4"
+    trainer = train(write_config(tmp_path, "lora", model_folder, picture_folder, lora=lora + size))
+    file = tmp_path / "out" / "lora.safetensors"
+    sd = StableDiffusion_1.from_pretrained(model_folder)
+    plain, unet = predict(sd), trainer.models["unet"]
+    after = {name: value for name, value in unet.state_dict().items() if ".DeltaAdapter." not in name}
+    assert all(torch.equal(value, after[name]) for name, value in sd.unet.state_dict().items())
+    assert set(inspect_lora(file).kinds) == {KINDS[kind]}
+    LoraWeights(file).patch(sd)
+    adapted = predict(sd)
+    assert (adapted - plain).norm() > 1e-3 * plain.norm()
+    sd.unet = cast(Any, unet.eval())
+    assert (predict(sd) - adapted).norm() < 1e-5 * adapted.norm()
+
+
+def test_a_kind_that_the_format_does_not_hold_is_a_mistake() -> None:
+    with pytest.raises(ConfigError, match=r'files in the form of peft do not hold kind = "lokr"; use "kohya"'):
+        LoraConfig.read({"kind": "lokr", "format": "peft"})
+    with pytest.raises(ConfigError, match='kind = "ia3" has neither a rank nor an alpha'):
+        LoraConfig.read({"kind": "ia3", "rank": 4})
+    assert LoraConfig.read({"kind": "dora", "format": "diffusers"}).rank == 16
 
 
 @pytest.mark.slow

@@ -1,15 +1,23 @@
-"""Recipe `lora`: trains low-rank updates of chosen layers (arXiv 2106.09685)."""
+"""Recipe `lora`: trains updates of chosen layers, low-rank ones (arXiv 2106.09685) or of another kind."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 
 import refiners.fluxion.layers as fl
+from refiners.adapters.delta import Delta
+from refiners.adapters.delta_adapter import DeltaAdapter
+from refiners.adapters.dora import Dora
+from refiners.adapters.glora import Glora
+from refiners.adapters.ia3 import Ia3
+from refiners.adapters.loha import Loha
+from refiners.adapters.lokr import Lokr
 from refiners.adapters.lora import LoraAdapter
+from refiners.adapters.orthogonal import Boft, Oft
 from refiners.foundationals.latent_diffusion import StableDiffusion_1
 from refiners.foundationals.latent_diffusion.lora import save_lora
 from refiners.training.data.captions import CaptionRule
@@ -21,12 +29,23 @@ from refiners.training.targets import find_targets
 from refiners.training.trainer import Trainer
 
 _LAYERS: dict[str, type[nn.Module]] = {"Linear": nn.Linear, "Conv2d": nn.Conv2d}
+_KINDS: dict[str, Callable[..., Delta]] = {
+    "dora": Dora.for_layer,
+    "loha": Loha.for_layer,
+    "lokr": Lokr.for_layer,
+    "glora": Glora.for_layer,
+    "oft": Oft.for_layer,
+    "boft": Boft.for_layer,
+    "ia3": Ia3.for_layer,
+}
 
 
 class LoraConfig(Section):
     """The section `[lora]`.
 
-    rank, alpha: of each update; alpha is the rank if not given.
+    kind: of the updates; others than "lora" and "dora" are in kohya's format only, with the names of LyCORIS.
+    rank, alpha: of each update; alpha is the rank if not given. For "oft" and "boft" the rank is the most entries that
+        a block may have, and alpha a limit of the turns, none if not given; "ia3" has neither.
     trigger_phrase: put before each caption; `use_only_trigger_probability`: how often it stands alone.
     unet_targets, text_encoder_targets: classes or paths in the trees, see `refiners.training.targets`; empty for none.
     layers: the kinds of layers that are adapted there.
@@ -34,6 +53,7 @@ class LoraConfig(Section):
     name: of the result, `<save_folder>/<name>.safetensors`.
     """
 
+    kind: Literal["lora", "dora", "loha", "lokr", "glora", "oft", "boft", "ia3"] = "lora"
     rank: int = Field(default=16, ge=1)
     alpha: float | None = Field(default=None, gt=0)
     trigger_phrase: str = ""
@@ -44,6 +64,23 @@ class LoraConfig(Section):
     format: Literal["kohya", "diffusers", "peft"] = "kohya"
     name: str = Field(default="lora", pattern=r"^[^/.\\]+$")
 
+    @model_validator(mode="after")
+    def _kind_fits(self) -> "LoraConfig":
+        if self.format != "kohya" and self.kind not in ("lora", "dora"):
+            raise ValueError(f'files in the form of {self.format} do not hold kind = "{self.kind}"; use "kohya"')
+        if self.kind == "ia3" and self.model_fields_set & {"rank", "alpha"}:
+            raise ValueError('kind = "ia3" has neither a rank nor an alpha; leave them out')
+        return self
+
+    def adapter_for(self, layer: Any) -> DeltaAdapter:
+        """A new update on a layer, which changes nothing yet."""
+        settings: dict[str, Any] = {"name": self.name, "dtype": torch.float32}
+        if self.kind != "ia3":
+            settings |= {"rank": self.rank, "alpha": self.alpha}
+        if self.kind == "lora":
+            return LoraAdapter(layer, **settings)
+        return DeltaAdapter(layer, _KINDS[self.kind](layer, **settings))
+
 
 class LoraTrainingConfig(TextToImageConfig):
     """The settings of recipe `lora`."""
@@ -53,7 +90,7 @@ class LoraTrainingConfig(TextToImageConfig):
 
 
 def inject_loras(sd: StableDiffusion_1, config: LoraConfig) -> Choice:
-    """Put new LoRAs, which are zero at first, onto the targets."""
+    """Put new updates, which change nothing at first, onto the targets."""
     trees: dict[str, tuple[fl.Chain, Sequence[str]]] = {
         "unet": (sd.unet, config.unet_targets),
         "text_encoder": (sd.clip_text_encoder, config.text_encoder_targets),
@@ -64,10 +101,8 @@ def inject_loras(sd: StableDiffusion_1, config: LoraConfig) -> Choice:
     with fl.transaction():
         for key, (tree, patterns) in trees.items():
             for layer, parent in find_targets(tree, patterns, kinds):
-                adapter = LoraAdapter(
-                    layer, rank=config.rank, alpha=config.alpha, name=config.name, dtype=torch.float32
-                ).inject(parent)
-                loras[adapter.get_path()] = adapter.loras[config.name]
+                adapter = config.adapter_for(layer).inject(parent)
+                loras[adapter.get_path()] = adapter.deltas[config.name]
                 models[key] = tree
 
     def save(folder: Path) -> Path:
