@@ -1,6 +1,7 @@
 """Pictures, captions, buckets and caches: what is read, what is refused, and what is the same every time."""
 
 import errno
+import io
 import json
 import os
 from collections import Counter
@@ -8,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from hypothesis import given, settings
@@ -98,6 +100,20 @@ def test_transparent_parts_are_white_and_pictures_upright(tmp_path: Path) -> Non
     exif[0x0112] = 6
     turned.save(tmp_path / "b.jpg", exif=exif)
     assert decode((tmp_path / "b.jpg").read_bytes(), "b").size == (2, 3)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_sixteen_bits_keep_their_greys(mode: str) -> None:
+    greys, file = numpy.linspace(0, 65535, 64).reshape(8, 8).astype(numpy.uint16), io.BytesIO()
+    Image.fromarray(greys).save(file, "PNG")
+    found = numpy.asarray(decode(file.getvalue(), "a", mode)).reshape(8, 8, -1).astype(int)
+    assert abs(found - (greys / 257)[:, :, None]).max() <= 1
+
+
+def test_a_mark_of_the_byte_order_is_no_part_of_a_caption(tmp_path: Path) -> None:
+    write_pictures(tmp_path, 1)
+    (tmp_path / "00.txt").write_text("a cat\n", encoding="utf-8-sig")  # as the Notepad of Windows saves it
+    assert [each.caption for each in read_folder(tmp_path)] == ["a cat"]
 
 
 def latents(cache: TensorCache, has_flips: bool = False) -> tuple[LatentCache, list[Tensor]]:

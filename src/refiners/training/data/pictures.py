@@ -51,6 +51,8 @@ def decode(content: bytes, name: str, mode: str = "RGB") -> Image.Image:
     try:
         with Image.open(io.BytesIO(content)) as image:
             upright = ImageOps.exif_transpose(image)
+        if upright.mode.startswith("I"):  # 16 bits, which Pillow would cut off at 255
+            upright = upright.convert("I").point(lambda value: value * (1 / 257)).convert("L")
         if upright.has_transparency_data:
             upright = upright.convert("RGBA")
             upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)
@@ -169,7 +171,7 @@ def _captions_beside(folder: Path) -> dict[Path, str]:
     captions: dict[Path, str] = {}
     for path in sorted(folder.rglob("*.txt")):
         try:
-            captions[path.relative_to(folder).with_suffix("")] = path.read_text(encoding="utf-8").strip()
+            captions[path.relative_to(folder).with_suffix("")] = path.read_text(encoding="utf-8-sig").strip()
         except UnicodeDecodeError as error:
             raise DataError(f"{path}: this caption is not UTF-8 text ({error.reason}); save it as UTF-8") from error
     return captions
