@@ -192,6 +192,22 @@ def test_a_changed_config_is_told_and_can_be_allowed(tmp_path: Path) -> None:
     assert len(losses.values) == 8 and allowed.metrics["learning_rate"] == 0.02
 
 
+def test_another_optimizer_goes_on_from_the_same_weights(tmp_path: Path) -> None:
+    names = ["AdamW", "Prodigy", "SGD", "AdamWScheduleFree", "AdamW"]
+    for module in ("prodigyopt", "schedulefree"):
+        pytest.importorskip(module)
+    for index, name in enumerate(names, start=1):
+        optimizer = {"optimizer": name, **OPTIMIZERS[name]}
+        trainer, losses = make_trainer(
+            tmp_path,
+            training={"duration": f"{2 * index}:step"},
+            optimizer=optimizer,
+            checkpointing={"allow_changes": True},
+        )
+        trainer.train()
+        assert len(losses.values) == 2 and type(trainer.optimizer).__name__ == name
+
+
 def test_rates_may_be_split_by_model_in_mid_training(tmp_path: Path) -> None:
     models = {"unet": small_chain(), "text_encoder": small_chain()}
 

@@ -277,7 +277,8 @@ class Trainer:
         state.check_same_weights(path, parts["weights"], self._parameters)
         for name, weight in parts["weights"].items():
             copy_whole(self._parameters[name], weight)
-        state.load_optimizer_state(self.optimizer, self._parameters, parts["optimizer"])
+        if parts["config"]["optimizer"]["optimizer"] == self.config.optimizer.optimizer:  # else its state means nothing
+            state.load_optimizer_state(self.optimizer, self._parameters, parts["optimizer"])
         if parts["scaler"]:
             self._scaler.load_state_dict(parts["scaler"])
         if self.ema is not None:
