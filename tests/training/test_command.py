@@ -86,3 +86,5 @@ def test_a_mistake_is_a_message_and_not_a_traceback(
     assert caught.value.code == 1
     error = capsys.readouterr().err
     assert re.search(message, error) and "Traceback" not in error
+    with pytest.raises((ValueError, FileNotFoundError)):
+        main([str(path), "--debug"], recipe="lora")
