@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from refiners.weights.devices import check_is_available
+
 Context = dict[str, Any]
 Contexts = dict[str, Context]
 
@@ -37,14 +39,3 @@ def placed(device: torch.device | str | None = None, dtype: torch.dtype | None =
             torch.set_default_dtype(dtype)
             stack.callback(torch.set_default_dtype, before)
         yield
-
-
-def check_is_available(device: torch.device | str) -> None:
-    """Raise RuntimeError, in plain words, if this machine or this build of torch has no such device."""
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # which one depends on the kind of device
-        raise RuntimeError(
-            f"device {str(device)!r} is not available on this machine or in this build of torch "
-            f"({str(error).splitlines()[0]}); try device='cpu'"
-        ) from error

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariableType]  # its PathLike is bare
 from torch import Tensor
 
+from refiners.weights.devices import check_is_available
 from refiners.weights.header import DTYPES, bits_per_value, read_header
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -20,11 +21,14 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 def read_safetensors(path: Path | str, device: torch.device | str = "cpu") -> dict[str, Tensor]:
     """Read all tensors of a safetensors file; on the CPU they are memory-mapped, privately: writes stay in memory.
 
-    Raises ValueError if the file is not exactly as the format demands, FileNotFoundError, IsADirectoryError.
+    Raises ValueError if the file is not exactly as the format demands, RuntimeError for a device that is not there,
+    FileNotFoundError, IsADirectoryError.
     """
     read_header(path)
+    check_is_available(device)
+    place = torch.device(device)
     try:
-        return load_file(path, device=str(device))
+        return load_file(path, device="cpu" if place.type == "cpu" else str(place))  # it knows no "cpu:0"
     except SafetensorError as error:
         raise ValueError(
             f"{path}: safetensors cannot read this onto device {str(device)!r} ({error}); check the device and the file"
@@ -43,8 +47,8 @@ def write_safetensors(
 
     Views are written as the values they show, and tensors that share memory each with their own copy. The same tensors
     and metadata always give the same bytes, whatever the order of the mappings.
-    Raises TypeError for names or metadata that are no strings, ValueError for a tensor that the format cannot hold,
-    FileNotFoundError if the folder does not exist.
+    Raises TypeError for names or metadata that are no strings and values that are no tensors, ValueError for a tensor
+    that the format cannot hold, FileNotFoundError if the folder does not exist.
     """
     target = Path(os.path.realpath(path))  # a link stays a link
     _check_can_write(path, target)
@@ -91,13 +95,15 @@ def _check_unicode(path: Path | str, text: str) -> None:
         raise ValueError(f"{path}: {text!r} cannot be written as UTF-8 ({error}); use another name or text") from error
 
 
-def _sort_key(path: Path | str, name: object, tensor: Tensor) -> tuple[int, str, str]:
+def _sort_key(path: Path | str, name: object, tensor: object) -> tuple[int, str, str]:
     """Wide types first, so that every tensor is aligned. Refuses what cannot be written."""
     if not isinstance(name, str):
         raise TypeError(f"{path}: the name {name!r} is a {type(name).__name__}, but names must be strings")
     _check_unicode(path, name)
     if name == "__metadata__":
         raise ValueError(f"{path}: no tensor can be called '__metadata__' in a safetensors file; rename it")
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{path}: {name!r} is a {type(tensor).__name__}, but a safetensors file holds only tensors")
     if tensor.device.type == "meta":
         raise ValueError(
             f"{path}: tensor {name!r} is on the meta device and has no values; load or initialise it first"

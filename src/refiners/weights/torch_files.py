@@ -12,6 +12,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from refiners.weights.devices import check_is_available
 from refiners.weights.header import check_is_file, check_name
 from refiners.weights.pickles import MAX_PICKLE_BYTES, check_pickles, unreadable
 
@@ -35,10 +36,11 @@ def read_torch(path: Path | str, device: torch.device | str = "cpu") -> dict[str
 
     The dict is all of the file, or what it calls "state_dict", or "string_to_param" as in textual inversions. The two
     dicts in files of IP-Adapters become one, as `image_proj.…` and `ip_adapter.…`.
-    Raises ValueError if the file holds anything else, is damaged, or wants to run code; FileNotFoundError,
-    IsADirectoryError.
+    Raises ValueError if the file holds anything else, is damaged, or wants to run code; RuntimeError for a device that
+    is not there; FileNotFoundError, IsADirectoryError.
     """
     check_is_file(path)
+    check_is_available(device)
     with open(path, "rb") as file:
         start = file.read(9)
     if start[8:] == b"{":
