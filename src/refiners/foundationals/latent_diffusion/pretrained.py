@@ -1,5 +1,6 @@
 """Where models come from and go to: a folder in diffusers' layout, a single file, the hub, or the package itself."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from refiners.foundationals.latent_diffusion import diffusers_folder, single_file
 from refiners.foundationals.latent_diffusion.diffusers_folder import DiffusersFolder, Fetch
 from refiners.foundationals.latent_diffusion.embedded import EMBEDDED, EMBEDDED_WEIGHTS
+from refiners.foundationals.latent_diffusion.hub import fetch_from_hub
 from refiners.foundationals.latent_diffusion.parts_folder import UNCHANGED, UNET_FILE, PartsFolder
 from refiners.foundationals.latent_diffusion.single_file import SingleFile
 from refiners.foundationals.latent_diffusion.specs import StableDiffusionSpec
@@ -17,6 +19,7 @@ from refiners.weights.devices import check_is_available
 from refiners.weights.files import read_safetensors
 from refiners.weights.matching import Shapes, match_all
 
+REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)  # of the hub: owner/name
 BUILTIN = "builtin"  # the model that comes with the package
 SINGLE_FILE_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 
@@ -56,12 +59,12 @@ def find_source(where: Path | str, revision: str | None = None) -> Source:
         return DiffusersFolder(str(path), fetch_from(path))
     if path.is_file() or path.suffix in SINGLE_FILE_SUFFIXES:
         return SingleFile(path)
-    if isinstance(where, Path) or str(where).count("/") != 1:
+    if isinstance(where, Path) or not REPOSITORY.fullmatch(where):
         raise FileNotFoundError(
             f"{str(where)!r} is no folder, no file, no repository of the hub (such as 'owner/name') and not "
             f"{BUILTIN!r}; check the path"
         )
-    return DiffusersFolder(f"{where} on the hub", fetch_from_hub(str(where), revision))
+    return DiffusersFolder(f"{where} on the hub", fetch_from_hub(where, revision))
 
 
 def fill(
@@ -91,29 +94,3 @@ def save(
 def fetch_from(folder: Path) -> Fetch:
     """Gives files of a folder."""
     return lambda name: folder / name if (folder / name).is_file() else None
-
-
-def fetch_from_hub(repository: str, revision: str | None = None) -> Fetch:
-    """Gives files of a repository on the hub, from the hub's cache if they are there."""
-    from huggingface_hub import hf_hub_download  # pyright: ignore[reportUnknownVariableType]  # its tqdm is bare
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
-
-    def fetch(name: str) -> Path | None:
-        try:
-            return Path(hf_hub_download(repository, name, revision=revision))
-        except LocalEntryNotFoundError as error:
-            if name == "unet/config.json":
-                raise FileNotFoundError(
-                    f"{repository}: not in the hub's cache, and the hub cannot be reached; connect once, or give the "
-                    "path of a folder or file"
-                ) from error
-            return None
-        except EntryNotFoundError:
-            return None
-        except HfHubHTTPError as error:
-            raise FileNotFoundError(
-                f"{repository}: the hub has no such repository or revision that you may read ({error}); check the "
-                "name, and log in if it is private"
-            ) from error
-
-    return fetch
