@@ -7,7 +7,8 @@ does not count. Programs agree on scale 1; at others some of them scale inside f
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Real
 from typing import Any, ClassVar, Self, cast
 
 import torch
@@ -265,12 +266,20 @@ def for_batch(factor: Tensor, update: Tensor) -> Tensor:
 
 
 def checked_scale(scale: Scale) -> float | tuple[float, ...]:
-    """The scale as it is kept. Raises ValueError if a number is not finite, or there is none."""
-    if isinstance(scale, int | float):
-        return _checked_number("scale", scale)
-    if not scale:
+    """The scale as it is kept; numbers may be those of numpy and torch.
+
+    Raises TypeError if it is no number and no sequence of numbers, ValueError if one is not finite, or there is none.
+    """
+    given = cast(object, scale.tolist() if isinstance(scale, Tensor) else scale)
+    if isinstance(given, Real):
+        return _checked_number("scale", float(given))
+    values = [] if isinstance(given, str) or not isinstance(given, Iterable) else list(cast("Iterable[object]", given))
+    numbers = [float(value) for value in values if isinstance(value, Real)]
+    if isinstance(given, str) or not isinstance(given, Iterable) or len(numbers) != len(values):
+        raise TypeError(f"a scale is a number, or one for each sample of the batch, not {given!r:.80}")
+    if not numbers:
         raise ValueError("there are no scales: give a number, or one for each sample of the batch")
-    return tuple(_checked_number("scale", value) for value in scale)
+    return tuple(_checked_number("scale", number) for number in numbers)
 
 
 def _checked_number(name: str, value: float) -> float:

@@ -1,8 +1,9 @@
 """`model.loras`: LoRAs by name, whole or not at all; scales by block, by picture and by step."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy
 import pytest
 import torch
 from lora_specimens import kohya_tensors, load_both, load_ours, random_factors, write
@@ -135,6 +136,41 @@ def test_a_block_that_no_layer_is_in_is_an_error_and_nothing_is_added(sd: Stable
     with pytest.raises(ValueError, match="3 block weights, but there are 17"):
         sd.loras.add(folder / "style.safetensors", blocks=[1, 2, 3])
     assert not len(sd.loras) and torch.equal(picture(sd), before)
+
+
+@pytest.mark.parametrize(
+    ("scale", "blocks", "message"),
+    [
+        (
+            0.2,
+            {"text_encoder": float("nan")},
+            "weight of block .text_encoder. should be a finite number, not nan",
+        ),
+        (0.2, {"text_encoder": "0.5"}, "weight of block .text_encoder. should be a finite number, not .0.5."),
+        (1e308, {"text_encoder": 1e10}, "must be a finite number, not inf"),
+        ("0.5", None, "a scale is a number, or one for each sample of the batch, not '0.5'"),
+        (None, None, "a scale is a number, or one for each sample of the batch, not None"),
+        ([0.5, "1"], None, r"a scale is a number, or one for each sample of the batch, not \[0.5, '1'\]"),
+    ],
+)
+def test_a_bad_scale_changes_none_of_the_layers(
+    sd: StableDiffusion_1, folder: Path, scale: Any, blocks: Any, message: str
+) -> None:
+    sd.loras.add(folder / "style.safetensors", scale=lambda step, count: 0.7)
+    sd.loras.set_scale("style", 0.7, blocks={"text_encoder": 0.5})
+    before = picture(sd)
+    with pytest.raises((TypeError, ValueError), match=message):
+        sd.loras.set_scale("style", scale, blocks)
+    assert sd.loras.scales == {"style": {0.7, 0.35}} and torch.equal(picture(sd), before)
+
+
+def test_numbers_of_numpy_and_torch_are_scales(sd: StableDiffusion_1, folder: Path) -> None:
+    sd.loras.add(folder / "style.safetensors", scale=cast(Any, torch.tensor(0.5)))
+    assert sd.loras.scales == {"style": {0.5}}
+    sd.loras.set_scale("style", cast(Any, numpy.float32(0.25)))
+    assert sd.loras.scales == {"style": {0.25}}
+    sd.loras.set_scale("style", cast(Any, numpy.array([0.25, 2], dtype=numpy.float16)), blocks={"unet": 2.0})
+    assert sd.loras.scales == {"style": {(0.25, 2.0), (0.5, 4.0)}}
 
 
 # -- pictures and steps

@@ -1,7 +1,10 @@
 """Parts of a diffusion model in which a LoRA is stronger or weaker ("block weights")."""
 
 import difflib
+import math
 from collections.abc import Iterator, Mapping, Sequence
+from numbers import Real
+from typing import cast
 
 from refiners.weights.lora_keys import XL_UNET, Place
 
@@ -27,6 +30,9 @@ def block_factors(places: Sequence[Place | None], blocks: Blocks | None) -> list
     is_xl = any(place is not None and place.component is XL_UNET for place in places)
     by_name = dict(blocks) if isinstance(blocks, Mapping) else _numbered(blocks, is_xl)
     factors, used = [1.0] * len(places), set[str]()
+    for name, weight in cast("Mapping[str, object]", by_name).items():
+        if not isinstance(weight, Real) or not math.isfinite(weight):
+            raise ValueError(f"the weight of block {name!r} should be a finite number, not {weight!r:.80}")
     for index, place in enumerate(places):
         fitting = {start for start in _starts(place) if start in by_name} if place else set[str]()
         if fitting:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from refiners.adapters.delta import Delta, Scale
+from refiners.adapters.delta import Delta, Scale, checked_scale
 from refiners.adapters.delta_adapter import DeltaAdapter
 from refiners.adapters.merging import Merged, merge
 from refiners.fluxion.layers.transaction import transaction
@@ -97,22 +97,24 @@ class Loras:
         return report
 
     def set_scale(self, name: str, scale: Scale | Schedule, blocks: Blocks | None = None) -> None:
-        """Set how strong the updates of a name are. What was compiled stays good.
+        """Set how strong the updates of a name are: all, or on an error none. What was compiled stays good.
 
         scale: a number; one for each picture of a batch; or a function of the step, 0 … count - 1, and the count, which
             the model calls before each step (copies of the model do not take it along).
         blocks: what the scale is multiplied with in parts of the model, see `lora_blocks`.
-        Raises KeyError if there is no such name, ValueError if a block fits no layer of the updates.
+        Raises KeyError if there is no such name, TypeError or ValueError if the scale is none or a block fits no layer.
         """
         chosen = self._of(name)
         factors = block_factors([layer.place if layer else None for layer, _ in chosen], blocks)
         pairs = tuple((delta, factor) for (_, delta), factor in zip(chosen, factors, strict=True))
-        self._schedules.pop(name, None)
         if callable(scale):
             self._schedules[name] = Scheduled(scale, pairs)
             return
-        for delta, factor in pairs:
-            delta.scale = scale * factor if isinstance(scale, int | float) else [value * factor for value in scale]
+        kept = checked_scale(scale)
+        scales = [checked_scale(_times(kept, factor)) for factor in factors]  # all of them, before any is set
+        self._schedules.pop(name, None)
+        for (delta, _), own in zip(pairs, scales, strict=True):
+            delta.scale = own
 
     def enable(self, *names: str) -> None:
         """Switch updates on; all if no name is given. Raises KeyError if there is no such name."""
@@ -218,6 +220,10 @@ class Loras:
         chosen = [delta for name in names or list(self) for _, delta in self._of(name)]
         for delta in chosen:
             delta.is_enabled = is_enabled
+
+
+def _times(scale: float | tuple[float, ...], factor: float) -> Scale:
+    return [value * factor for value in scale] if isinstance(scale, tuple) else scale * factor
 
 
 def _adapters(model: Patchable) -> list[DeltaAdapter]:
