@@ -219,6 +219,22 @@ def test_a_scale_can_be_a_function_of_the_step(sd: StableDiffusion_1, folder: Pa
     assert error(sd.predict_noise(x, 0, text), expected[3]) > 1e-4
 
 
+def test_a_text_encoder_keeps_the_scale_of_the_first_step(sd: StableDiffusion_1, folder: Path) -> None:
+    sd.set_num_inference_steps(4)
+    sd.loras.add(folder / "style.safetensors", scale=0.5)
+    expected = sd.compute_text_embedding(PROMPTS[:1])
+    sd.loras.set_scale("style", lambda step, count: 0.5 + step / count)
+    for _ in range(2):  # the second picture is as the first
+        text = sd.compute_text_embedding(PROMPTS[:1])
+        assert torch.equal(text, expected)
+        for step in sd.steps:
+            sd.predict_noise(torch.randn(1, 4, 8, 8), step, text)
+            assert sd.loras.scales["style"] == {0.5, 0.5 + step / 4}
+    with pytest.raises(TypeError, match="a scale is a number, or one for each sample of the batch, not None"):
+        sd.loras.set_scale("style", cast(Any, lambda step, count: None))
+    assert sd.loras.scales["style"] == {0.5, 1.25}
+
+
 # -- merging
 
 

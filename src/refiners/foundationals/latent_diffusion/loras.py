@@ -17,6 +17,7 @@ from refiners.foundationals.latent_diffusion.lora_places import Layer, Patchable
 from refiners.foundationals.latent_diffusion.lora_report import LoraReport
 from refiners.foundationals.latent_diffusion.lora_slot import LoraSlot
 from refiners.foundationals.latent_diffusion.lora_weights import LoraWeights, file_name
+from refiners.weights.lora_keys import UNET
 
 # How strong something is at a step: of its number, 0 … count - 1, and how many there are.
 Schedule = Callable[[int, int], float]
@@ -24,16 +25,21 @@ Schedule = Callable[[int, int], float]
 
 @dataclass(frozen=True)
 class Scheduled:
-    """Updates whose scale depends on the step, each with what it is multiplied with."""
+    """Updates whose scale depends on the step, each with what it is multiplied with.
+
+    early: those of text encoders, which run before the first step, and so keep the scale of that.
+    """
 
     schedule: Schedule
     deltas: tuple[tuple[Delta, float], ...]
+    early: tuple[tuple[Delta, float], ...] = ()
 
     def before_step(self, index: int, count: int) -> None:
         """Set the scales for a step."""
-        scale = self.schedule(index, count)
-        for delta, factor in self.deltas:
-            delta.scale = scale * factor
+        for deltas, step in ((self.deltas, index), (self.early, 0)):
+            scale = checked_scale(self.schedule(step, count))
+            for delta, factor in deltas:
+                delta.scale = _times(scale, factor)
 
 
 class Loras:
@@ -100,7 +106,8 @@ class Loras:
         """Set how strong the updates of a name are: all, or on an error none. What was compiled stays good.
 
         scale: a number; one for each picture of a batch; or a function of the step, 0 … count - 1, and the count, which
-            the model calls before each step (copies of the model do not take it along).
+            the model calls before each step (copies of the model do not take it along); a text encoder, which has run
+            by then, keeps the scale of the first.
         blocks: what the scale is multiplied with in parts of the model, see `lora_blocks`.
         Raises KeyError if there is no such name, TypeError or ValueError if the scale is none or a block fits no layer.
         """
@@ -108,7 +115,13 @@ class Loras:
         factors = block_factors([layer.place if layer else None for layer, _ in chosen], blocks)
         pairs = tuple((delta, factor) for (_, delta), factor in zip(chosen, factors, strict=True))
         if callable(scale):
-            self._schedules[name] = Scheduled(scale, pairs)
+            late, early = (
+                tuple(pair for (layer, _), pair in zip(chosen, pairs, strict=True) if _is_early(layer) is is_early)
+                for is_early in (False, True)
+            )
+            scheduled = Scheduled(scale, late, early)
+            scheduled.before_step(0, len(getattr(self._model, "steps", ())) or 1)
+            self._schedules[name] = scheduled
             return
         kept = checked_scale(scale)
         scales = [checked_scale(_times(kept, factor)) for factor in factors]  # all of them, before any is set
@@ -220,6 +233,11 @@ class Loras:
         chosen = [delta for name in names or list(self) for _, delta in self._of(name)]
         for delta in chosen:
             delta.is_enabled = is_enabled
+
+
+def _is_early(layer: Layer | None) -> bool:
+    """Whether a layer is of a text encoder."""
+    return layer is not None and layer.place.component.name != UNET.name
 
 
 def _times(scale: float | tuple[float, ...], factor: float) -> Scale:
