@@ -14,7 +14,8 @@ from refiners.foundationals.latent_diffusion.control.control_net import ControlN
 from refiners.foundationals.latent_diffusion.control.control_net_names import diffusers_names, single_file_names
 from refiners.foundationals.latent_diffusion.diffusers_folder import SUFFIXES
 from refiners.foundationals.latent_diffusion.parts_folder import UNCHANGED
-from refiners.foundationals.latent_diffusion.pretrained import SINGLE_FILE_SUFFIXES, fetch_from, fetch_from_hub
+from refiners.foundationals.latent_diffusion.hub import fetch_from_hub
+from refiners.foundationals.latent_diffusion.pretrained import SINGLE_FILE_SUFFIXES, fetch_from
 from refiners.foundationals.latent_diffusion.unet import UNet
 from refiners.weights.files import read_safetensors
 from refiners.weights.formats import TEXT_FAMILIES, Content, Family, identify
