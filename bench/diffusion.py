@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +23,19 @@ from refiners.foundationals.clip import CLIPTextEncoderL
 from refiners.foundationals.clip.names import text_encoder_names
 from refiners.foundationals.latent_diffusion import (
     SD1,
+    SDXL,
     LatentDiffusionAutoencoder,
     StableDiffusion_1,
     UNet,
     autoencoder_names,
     unet_names,
 )
+from refiners.foundationals.latent_diffusion.diffusers_configs import write_spec
 from refiners.weights.rules import Names
 
 BOUND = 0.95
 SIZES = (8, 16, 32, 64)
+XL_SIZE = 32
 ROUNDS = {8: 11, 16: 9, 32: 5, 64: 3}
 LOAD_ROUNDS = 3
 MEMORY_BOUND = 1.01
@@ -202,5 +206,35 @@ def loading_rows() -> list[Row]:
     ]
 
 
+def xl_rows() -> list[Row]:
+    """A step of Stable Diffusion XL with all its layers at half their width, as both whole UNets would be 20 GB."""
+    spec = replace(SDXL.unet, channels=tuple(width // 2 for width in SDXL.unet.channels))
+    config = write_spec(replace(SDXL, unet=spec))["unet/config.json"]
+    with torch.device("meta"):
+        theirs: Any = UNet2DConditionModel.from_config(json.loads(config))
+    ours = UNet(spec, device="meta")
+    share(theirs, ours, unet_names.diffusers_names(spec))
+    x, timestep = torch.randn(2, 4, XL_SIZE, XL_SIZE), torch.tensor([500])
+    text, pooled = torch.randn(2, 77, spec.text_dim), torch.randn(2, spec.pooled_text_dim)
+    time_ids = torch.tensor([[1024.0, 1024, 0, 0, 1024, 1024]] * 2)
+    added = {"text_embeds": pooled, "time_ids": time_ids}
+
+    def step() -> Tensor:
+        ours.set_timestep(timestep)
+        ours.set_clip_text_embedding(text)
+        ours.set_pooled_text_embedding(pooled)
+        ours.set_time_ids(time_ids)
+        return ours(x)
+
+    return [
+        compare(
+            f"SDXL UNet step, half as wide, latents {XL_SIZE}x{XL_SIZE}",
+            step,
+            lambda: theirs(x, timestep, text, added_cond_kwargs=added).sample,
+            ROUNDS[XL_SIZE],
+        )
+    ]
+
+
 def rows() -> list[Row]:
-    return [*text_rows(), *autoencoder_rows(), *unet_rows(), *loading_rows()]
+    return [*text_rows(), *autoencoder_rows(), *unet_rows(), *xl_rows(), *loading_rows()]

@@ -272,7 +272,7 @@ def test_the_judge_shows_each_picture_with_a_prompt_that_says_nothing_of_places(
     with monkey.context() as patched:
         patched.setattr(StableDiffusion_1, "generate", generate)
         shares = judging.judge(sd, shown.extend, "edges", 3)
-    assert shares.keys() == {"places", "shapes", "things"} and len(shown) == len(prompts) == 3
+    assert shares.keys() == {"places", "shapes", "colors", "things"} and len(shown) == len(prompts) == 3
     assert all(request.things and not request.asks_for_places for request in map(parse_caption, prompts))
 
 

@@ -122,14 +122,15 @@ WANTED = Scene((RED_CIRCLE, None, None, BLUE_STAR), "white")
 @pytest.mark.parametrize(
     ("places", "expected"),
     [
-        ((RED_CIRCLE, None, None, BLUE_STAR), (1, 1, 1)),
-        ((Thing("green", "circle"), None, None, BLUE_STAR), (1, 1, 0)),
-        ((BLUE_STAR, None, None, RED_CIRCLE), (1, 0, 0)),
-        ((None, RED_CIRCLE, None, BLUE_STAR), (0, 0, 0)),
-        ((RED_CIRCLE, None, RED_CIRCLE, BLUE_STAR), (0, 0, 0)),
+        ((RED_CIRCLE, None, None, BLUE_STAR), (1, 1, 1, 1)),
+        ((Thing("green", "circle"), None, None, BLUE_STAR), (1, 1, 0, 0)),
+        ((Thing("red", "ring"), None, None, BLUE_STAR), (1, 0, 1, 0)),
+        ((BLUE_STAR, None, None, RED_CIRCLE), (1, 0, 0, 0)),
+        ((None, RED_CIRCLE, None, BLUE_STAR), (0, 0, 0, 0)),
+        ((RED_CIRCLE, None, RED_CIRCLE, BLUE_STAR), (0, 0, 0, 0)),
     ],
 )
-def test_a_layout_is_judged_by_places_then_shapes_then_colours(
+def test_a_layout_is_judged_by_places_then_by_shapes_and_colours(
     places: tuple[Thing | None, ...], expected: tuple[int, ...]
 ) -> None:
     images = draw_scenes(Scenes.from_list([Scene(places, "gray")]), lot(3))

@@ -47,11 +47,14 @@ class Prediction:
         return self.positive if self.negative is None else self.negative
 
     def again_positive(self, x: Tensor, contexts: Mapping[str, Context] | None = None) -> Tensor:
-        """What the UNet predicts for other latents and the prompts; contexts: what adapters are to find besides."""
+        """What the UNet predicts for other latents, of batch B, and the prompts.
+
+        contexts: what adapters are to find besides.
+        """
         return self._again(x, slice(-len(x), None), 0, contexts)
 
     def again_unguided(self, x: Tensor, contexts: Mapping[str, Context] | None = None) -> Tensor:
-        """What the UNet predicts for other latents and the negative prompts, or without guidance for the prompts."""
+        """As `again_positive`, for the negative prompts, or without guidance for the prompts."""
         return self._again(x, slice(len(x)), 0 if self.negative is None else len(x), contexts)
 
     def _again(self, x: Tensor, half: slice, negatives: int, contexts: Mapping[str, Context] | None) -> Tensor:

@@ -70,12 +70,13 @@ class LayoutScores:
     """Shares, 0 … 1, of the pictures that are laid out as they should be.
 
     places: there is something wherever there should be, and nothing elsewhere.
-    shapes: and all of it is of the right shape.
-    things: and of the right shape and colour.
+    shapes, colors: and all of it is of the right shape, or of the right colour.
+    things: and of both.
     """
 
     places: float
     shapes: float
+    colors: float
     things: float
 
 
@@ -85,7 +86,12 @@ def score_layout(images: Sequence[Image.Image] | Float[Tensor, "b 3 32 32"], sce
     Raises ValueError if pictures and scenes are not equally many, or there are none.
     """
     pairs = _pairs(read_scenes(images), scenes, "scenes")
-    kinds: list[Callable[[Thing], object]] = [lambda thing: True, lambda thing: thing.shape, lambda thing: thing]
+    kinds: list[Callable[[Thing], object]] = [
+        lambda thing: True,
+        lambda thing: thing.shape,
+        lambda thing: thing.color,
+        lambda thing: thing,
+    ]
     shares = [sum(_laid_out(a, kind) == _laid_out(b, kind) for a, b in pairs) / len(pairs) for kind in kinds]
     return LayoutScores(*shares)
 

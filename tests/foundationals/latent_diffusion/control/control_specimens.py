@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from refiners.foundationals.latent_diffusion import UNet, UNetSpec, unet_names
 from refiners.foundationals.latent_diffusion.control import ControlNet, ControlNetSpec, control_net_names
 
-SD1 = UNetSpec((32, 64, 64), (1, 1, 0), (2, 4, 8), text_dim=16, norm_groups=8)
+SD1 = UNetSpec((16, 32, 32), (1, 1, 0), (2, 2, 4), text_dim=16, norm_groups=8)
 SDXL = UNetSpec(
-    (32, 64, 96),
+    (16, 32, 48),
     (0, 1, 2),
-    (2, 4, 8),
+    (2, 2, 4),
     text_dim=16,
     norm_groups=8,
     has_linear_projection=True,

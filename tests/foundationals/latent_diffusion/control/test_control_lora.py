@@ -28,7 +28,7 @@ from refiners.foundationals.latent_diffusion.unet_spec import SD1_UNET, SDXL_UNE
 from refiners.weights.files import read_safetensors, write_safetensors
 from refiners.weights.formats import Content, Family, identify
 
-SD1 = UNetSpec((16, 16, 32, 32), (1, 1, 1, 0), (2, 2, 4, 4), text_dim=16, norm_groups=8)
+SD1 = UNetSpec((8, 16, 16, 16), (1, 1, 1, 0), (2, 2, 2, 2), text_dim=16, norm_groups=8)
 SPECS = {"SD1": SD1, "SDXL": SDXL}
 RANK = 4
 WHOLE = ("input_hint_block.", "zero_convs.", "middle_block_out.")
@@ -150,7 +150,7 @@ LAYER = "input_blocks.4.1.transformer_blocks.0.attn1.to_q"
 CHANGES: dict[str, tuple[dict[str, Tensor | None], str]] = {
     "half an update": ({f"{LAYER}.up": None}, "down only"),
     "another width": ({f"{LAYER}.down": torch.zeros(RANK, 5)}, "does not fit"),
-    "another rank": ({f"{LAYER}.down": torch.zeros(RANK + 1, 64)}, "does not fit"),
+    "another rank": ({f"{LAYER}.down": torch.zeros(RANK + 1, 32)}, "does not fit"),
     "an unknown layer": ({"output_blocks.0.0.in_layers.9.up": torch.zeros(1, 1)}, "output_blocks"),
     "an unknown tensor": ({"other.weight": torch.zeros(1)}, "other.weight"),
     "no zero convolution": ({"zero_convs.2.0.weight": None}, "zero_convs.2.0.weight"),

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from control_specimens import SD1, SDXL, SPECS, Inputs, inputs, predict, relative_error, their_arguments, their_unet
 from diffusers import (
     DDIMScheduler,
     StableDiffusionAdapterPipeline,
     StableDiffusionXLAdapterPipeline,
-    UNet2DConditionModel,
 )
 from diffusers import T2IAdapter as TheirAdapter
 from diffusion_specimens import randomize, small_folder
@@ -34,27 +34,6 @@ from refiners.foundationals.latent_diffusion.control.t2i_adapter_names import sa
 from refiners.foundationals.latent_diffusion.unet_names import diffusers_names
 from refiners.solvers import DDIM
 
-SPECS = {
-    "SD1": UNetSpec((32, 64, 64), (1, 1, 0), (2, 4, 8), text_dim=16, norm_groups=8),
-    "XL": UNetSpec((32, 64, 64), (0, 1, 2), (2, 4, 8), text_dim=16, norm_groups=8, has_linear_projection=True),
-}
-SD1 = SPECS["SD1"]
-
-
-def reference(spec: UNetSpec) -> Any:
-    levels = spec.transformer_layers
-    return UNet2DConditionModel(
-        block_out_channels=spec.channels,
-        layers_per_block=spec.blocks_per_level,
-        down_block_types=tuple("CrossAttnDownBlock2D" if layers else "DownBlock2D" for layers in levels),
-        up_block_types=tuple("CrossAttnUpBlock2D" if layers else "UpBlock2D" for layers in reversed(levels)),
-        transformer_layers_per_block=tuple(max(layers, 1) for layers in levels),
-        attention_head_dim=spec.num_heads,
-        cross_attention_dim=spec.text_dim,
-        norm_num_groups=spec.norm_groups,
-        use_linear_projection=spec.has_linear_projection,
-    )
-
 
 def small_unet(spec: UNetSpec = SD1) -> UNet:
     torch.manual_seed(0)
@@ -74,49 +53,31 @@ def random_features(spec: UNetSpec, batch: int = 1, side: int = 8) -> list[Tenso
     return [torch.randn(batch, place.width, side // place.scale, side // place.scale) for place in places]
 
 
-def inputs(batch: int = 2, side: int = 8) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    return {
-        "x": torch.randn(batch, 4, side, side, generator=generator),
-        "timestep": torch.tensor([5, 700])[:batch],
-        "text": torch.randn(batch, 7, 16, generator=generator),
-    }
-
-
-def predict(unet: UNet, x: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
-    unet.set_timestep(timestep)
-    unet.set_clip_text_embedding(text)
-    return unet(x)
-
-
-def relative_error(ours: Tensor, theirs: Tensor) -> float:
-    return ((ours - theirs).norm() / theirs.norm()).item()
+def call_of(spec: UNetSpec = SD1) -> Inputs:
+    return inputs(spec, height=8, width=8)
 
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 @pytest.mark.parametrize("scale", [1.0, 0.3])
 @torch.no_grad()
 def test_prediction_equals_diffusers(spec: UNetSpec, scale: float) -> None:
-    unet, theirs, names = small_unet(spec), reference(spec), diffusers_names(spec)
+    unet, theirs, names = small_unet(spec), their_unet(spec), diffusers_names(spec)
     theirs.load_state_dict({str(names.to_theirs(key)): tensor for key, tensor in unet.state_dict().items()})
-    call, features = inputs(), random_features(spec)
+    features = random_features(spec)
+    latents, timestep, conditions, _ = call = call_of(spec)
     adapter = T2IAdapter(unet, scale=scale).inject()
     adapter.set_condition_features(features)
-    expected = theirs(
-        call["x"],
-        call["timestep"],
-        call["text"],
-        down_intrablock_additional_residuals=[(scale * feature).expand(2, -1, -1, -1) for feature in features],
-    ).sample
-    assert relative_error(predict(unet, **call), expected) < 1e-5
-    plain = theirs(call["x"], call["timestep"], call["text"]).sample
-    assert relative_error(plain, expected) > 0.05
+    added = [(scale * feature).expand(2, -1, -1, -1) for feature in features]
+    arguments = their_arguments(conditions)
+    expected = theirs(latents, timestep, down_intrablock_additional_residuals=[*added], **arguments).sample
+    assert relative_error(predict(unet, *call), expected) < 1e-5
+    assert relative_error(theirs(latents, timestep, **arguments).sample, expected) > 0.05
 
 
 @torch.no_grad()
 def test_several_add_up_with_loras_and_eject_in_any_order_bit_by_bit() -> None:
-    unet, call = small_unet(), inputs()
-    before, keys = predict(unet, **call), list(unet.state_dict())
+    unet, call = small_unet(), call_of()
+    before, keys = predict(unet, *call), list(unet.state_dict())
     first, second = small_adapter(unet, "first"), small_adapter(unet, "second", scale=0.5)
     features = random_features(SD1), random_features(SD1)
     for adapter, own in zip((first, second), features, strict=True):
@@ -125,27 +86,29 @@ def test_several_add_up_with_loras_and_eject_in_any_order_bit_by_bit() -> None:
     layer = unet.ensure_find(fl.Linear)
     lora = LoraAdapter(layer, rank=2).inject()
     assert set(keys) <= set(unet.state_dict()) and not any("T2I" in key for key in unet.state_dict())
-    both = predict(unet, **call)
+    both = predict(unet, *call)
     first.eject()
     second.set_condition_features([one + 0.5 * two for one, two in zip(*features, strict=True)])
     second.scale = 1.0
-    assert torch.allclose(predict(unet, **call), both, atol=1e-5)
+    assert torch.allclose(predict(unet, *call), both, atol=1e-5)
     lora.eject()
     second.eject()
-    assert torch.equal(predict(unet, **call), before) and list(unet.state_dict()) == keys
+    assert torch.equal(predict(unet, *call), before) and list(unet.state_dict()) == keys
     assert unet.find(AddedFeatures) is None
 
 
 @torch.no_grad()
 def test_each_picture_of_a_batch_has_its_features_and_scale() -> None:
-    unet, call = small_unet(), inputs()
+    unet = small_unet()
+    latents, timestep, conditions, _ = call = call_of()
     adapter, features = T2IAdapter(unet, scale=[0.5, 1.0]).inject(), random_features(SD1, batch=2)
     adapter.set_condition_features(features)
-    whole = predict(unet, **call)
+    whole = predict(unet, *call)
     for index, scale in enumerate([0.5, 1.0]):
         adapter.scale = scale
         adapter.set_condition_features([feature[index : index + 1] for feature in features])
-        alone = predict(unet, **{name: value[index : index + 1] for name, value in call.items()})
+        row = slice(index, index + 1)
+        alone = predict(unet, latents[row], timestep[row], {name: value[row] for name, value in conditions.items()})
         assert torch.allclose(alone, whole[index : index + 1], atol=1e-5)
 
 
@@ -153,7 +116,7 @@ def test_gradients_reach_the_condition_encoder_alone() -> None:
     unet = small_unet().requires_grad_(False)
     adapter = small_adapter(unet).inject()
     adapter.set_condition_features(adapter.compute_condition_features(torch.rand(2, 3, 64, 64)))
-    predict(unet, **inputs()).square().mean().backward()
+    predict(unet, *call_of()).square().mean().backward()
     gradients = [parameter.grad for parameter in adapter.condition_encoder.parameters()]
     assert all(gradient is not None and gradient.abs().max() > 0 for gradient in gradients)
     assert all(parameter.grad is None for parameter in unet.parameters())
@@ -161,23 +124,24 @@ def test_gradients_reach_the_condition_encoder_alone() -> None:
 
 @torch.no_grad()
 def test_a_structural_copy_has_an_adapter_of_its_own() -> None:
-    unet, call = small_unet(), inputs()
-    plain = predict(unet, **call)
+    unet, call = small_unet(), call_of()
+    plain = predict(unet, *call)
     adapter = small_adapter(unet).inject()
     adapter.set_condition_features(random_features(SD1))
-    led = predict(unet, **call)
+    led = predict(unet, *call)
     copy = unet.structural_copy()
     copied = copy.ensure_find(T2IAdapter)
     copied.scale = 0.0
-    assert torch.equal(predict(copy, **call), plain) and torch.equal(predict(unet, **call), led)
+    assert torch.equal(predict(copy, *call), plain) and torch.equal(predict(unet, *call), led)
     copied.eject()
-    assert torch.equal(predict(copy, **call), plain) and torch.equal(predict(unet, **call), led)
+    assert torch.equal(predict(copy, *call), plain) and torch.equal(predict(unet, *call), led)
 
 
 @pytest.mark.slow
 @torch.no_grad()
 def test_it_compiles_to_one_graph_and_a_new_scale_or_picture_does_not_compile_again() -> None:
-    unet, call = small_unet(), inputs()
+    unet = small_unet()
+    latents, timestep, conditions, _ = call = call_of()
     adapter = small_adapter(unet).inject()
     adapter.set_condition_features(random_features(SD1))
     compiled = torch.compile(unet, fullgraph=True, backend="eager")
@@ -185,10 +149,10 @@ def test_it_compiles_to_one_graph_and_a_new_scale_or_picture_does_not_compile_ag
         with torch._dynamo.config.patch(error_on_recompile=scale != 1.0):
             adapter.scale = scale
             adapter.set_condition_features(random_features(SD1))
-            unet.set_timestep(call["timestep"])
-            unet.set_clip_text_embedding(call["text"])
-            found = compiled(call["x"])
-        assert torch.allclose(found, predict(unet, **call), atol=1e-5)
+            unet.set_timestep(timestep)
+            unet.set_conditions(conditions)
+            found = compiled(latents)
+        assert torch.allclose(found, predict(unet, *call), atol=1e-5)
 
 
 def pipeline_pair(cls: type[Any], theirs: type[Any], folder: Path, end: float) -> tuple[Any, Any, T2IAdapter]:
@@ -237,29 +201,31 @@ def test_a_short_pipeline_equals_diffusers(
 
 @torch.no_grad()
 def test_it_is_off_after_its_share_of_the_steps() -> None:
-    unet, call = small_unet(), inputs()
-    plain = predict(unet, **call)
+    unet, call = small_unet(), call_of()
+    plain = predict(unet, *call)
     adapter = T2IAdapter(unet, end=0.5).inject()
     adapter.set_condition_features(random_features(SD1))
     assert unet.step_listeners == (adapter,)
     is_led: list[bool] = []
     for index in range(5):
         adapter.before_step(index, 5)
-        is_led.append(not torch.equal(predict(unet, **call), plain))
+        is_led.append(not torch.equal(predict(unet, *call), plain))
     assert is_led == [True, True, False, False, False]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @torch.no_grad()
 def test_it_follows_the_unet_into_another_format_and_its_scale_stays_exact(dtype: torch.dtype) -> None:
-    unet, call = small_unet(), inputs()
+    unet = small_unet()
+    latents, timestep, conditions, _ = call = call_of()
     adapter = T2IAdapter(unet, scale=0.1).inject()
     adapter.set_condition_features(random_features(SD1))
-    expected = predict(unet, **call)
+    expected = predict(unet, *call)
     unet.to(dtype)
     factor = unet.ensure_find(Scaling).factor
     assert factor.dtype == torch.float32 and factor == torch.tensor(adapter.scale)
-    found = predict(unet, call["x"].to(dtype), call["timestep"], call["text"].to(dtype))
+    halves = {name: value.to(dtype) for name, value in conditions.items()}
+    found = predict(unet, latents.to(dtype), timestep, halves)
     assert found.dtype == dtype and relative_error(found.float(), expected) < 0.05
 
 
@@ -288,7 +254,7 @@ def test_what_does_not_fit_is_refused_with_the_reason() -> None:
     unet = small_unet()
     adapter = small_adapter(unet, "depth")
     with pytest.raises(ValueError, match="it is for another model"):
-        T2IAdapter(small_unet(SPECS["XL"]), "depth", adapter.condition_encoder)
+        T2IAdapter(small_unet(SDXL), "depth", adapter.condition_encoder)
     with pytest.raises(ValueError, match=r"3 channels with sides that are multiples of 8, not \(1, 3, 64, 60\)"):
         adapter.compute_condition_features(Image.new("L", (60, 64)))
     with pytest.raises(ValueError, match=r"from 0 to 1, but these go from 0 to 255"):
@@ -297,13 +263,13 @@ def test_what_does_not_fit_is_refused_with_the_reason() -> None:
         T2IAdapter(unet).compute_condition_features(Image.new("L", (64, 64)))
     adapter.inject()
     with pytest.raises(ValueError, match="was given no features: call set_condition_features first"):
-        predict(unet, **inputs())
+        predict(unet, *call_of())
     with pytest.raises(ValueError, match=r"are \(1, 32, 8, 8\), \(1, 32, 4, 4\), but .* C of \[32, 64, 64\]"):
         adapter.set_condition_features([torch.zeros(1, 32, 8, 8), torch.zeros(1, 32, 4, 4)])
     with pytest.raises(ValueError, match="another name"):
         small_adapter(unet, "depth").inject()
     adapter.set_condition_features(random_features(SD1, side=16))
     with pytest.raises(ValueError, match=r"\(16, 16\) where the UNet's are \(8, 8\)"):
-        predict(unet, **inputs())
+        predict(unet, *call_of())
     with pytest.raises(ValueError, match="end is 2"):
         T2IAdapter(unet, end=2)

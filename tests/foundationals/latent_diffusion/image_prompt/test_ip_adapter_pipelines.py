@@ -85,7 +85,7 @@ def test_a_picture_as_a_prompt_gives_the_picture_of_diffusers(cls: Any, kind: st
         "a cute cat",
         negative_prompt="blurry",
         ip_adapter_image=picture(),
-        num_inference_steps=5,
+        num_inference_steps=3,
         guidance_scale=4.0,
         height=64,
         width=72,
@@ -96,7 +96,7 @@ def test_a_picture_as_a_prompt_gives_the_picture_of_diffusers(cls: Any, kind: st
         adapter.set_clip_image_embedding(adapter.compute_clip_image_embedding(picture()))
     settings: dict[str, Any] = {
         "seed": 3,
-        "num_inference_steps": 5,
+        "num_inference_steps": 3,
         "condition_scale": 4.0,
         "size": (64, 72),
         "show_progress": False,

@@ -1,5 +1,6 @@
 """What leads a model and covers the picture is cut out along with the windows, and compiled UNets stay compiled."""
 
+import random
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,17 @@ from torch._dynamo.testing import CompileCounter
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from diffusion_specimens import randomize, small_model
 
+import refiners.fluxion.layers as fl
+from refiners.adapters.lora import LoraAdapter
 from refiners.foundationals.latent_diffusion import StableDiffusion_1, StableDiffusion_1_Inpainting
-from refiners.foundationals.latent_diffusion.control import ControlNet, ControlNetAdapter, ControlNetSpec
+from refiners.foundationals.latent_diffusion.control import (
+    ConditionEncoder,
+    ControlNet,
+    ControlNetAdapter,
+    ControlNetSpec,
+    T2IAdapter,
+    T2ISpec,
+)
 from refiners.foundationals.latent_diffusion.image_prompt import IPAdapter
 from refiners.foundationals.latent_diffusion.multi_diffusion import MultiDiffusion, Region, RegionalPrompts
 
@@ -115,3 +125,41 @@ def test_one_compiled_graph_serves_all_windows_and_regions() -> None:
     model.unet.compile(fullgraph=True, backend=counter)
     assert relative_error(predict_in_windows(model, x, 1), expected) < 1e-5
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("seed", range(4))
+@torch.no_grad()
+def test_all_together_go_on_and_off_in_any_order_and_leave_every_bit_as_it_was(seed: int) -> None:
+    model, x = small_model(), torch.randn(2, 4, HEIGHT, WIDTH)
+    before, keys = predict(model, x), list(model.unet.state_dict())
+    edits, chance = everything(model), random.Random(seed)
+    found: list[Tensor] = []
+    for _ in range(2):
+        for edit in chance.sample(edits, len(edits)):
+            edit.inject()
+        found.append(predict(model, x))
+        assert set(keys) <= set(model.unet.state_dict())
+        for edit in chance.sample(edits, len(edits)):
+            edit.eject()
+        assert list(model.unet.state_dict()) == keys
+        assert torch.equal(predict(model, x), before)
+    assert relative_error(found[0], found[1]) < 1e-5 < 0.01 < relative_error(found[0], before)
+
+
+def everything(model: StableDiffusion_1) -> list[Any]:
+    control_net = ControlNet(ControlNetSpec(unet=model.unet.spec))
+    encoder = ConditionEncoder(T2ISpec.for_unet(model.unet.spec))
+    ip_adapter = IPAdapter(model)
+    for each in (control_net, encoder, ip_adapter):
+        randomize(each)
+    ip_adapter.set_clip_image_embedding(torch.randn(2, 4, model.unet.spec.text_dim))
+    control, picture = ControlNetAdapter(model, control_net, scale=0.3), torch.rand(1, 3, HEIGHT * 8, WIDTH * 8)
+    control.set_controlnet_condition(picture)
+    t2i_adapter = T2IAdapter(model, condition_encoder=encoder, scale=0.3)
+    t2i_adapter.set_condition_features(t2i_adapter.compute_condition_features(picture))
+    layer = model.unet.ensure_find(fl.SelfAttention).ensure_find(fl.Linear)
+    lora = LoraAdapter(layer, rank=2)
+    torch.nn.init.normal_(lora.loras["lora"].up.weight)
+    regions = RegionalPrompts(model, [Region("a dog", (0, 0, 0.5, 1))], size=(HEIGHT * 8, WIDTH * 8))
+    windows = MultiDiffusion(model, window_size=64, stride=32, window_batch_size=2)
+    return [control, t2i_adapter, ip_adapter, lora, regions, windows]

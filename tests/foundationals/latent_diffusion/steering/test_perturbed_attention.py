@@ -72,11 +72,10 @@ def test_with_a_control_net_and_free_u_a_whole_trajectory_equals_diffusers(folde
     assert min(relative_error(each, theirs) for each in (without_control, without_guidance)) > 1e-3
 
 
-def test_it_acts_in_its_share_of_the_steps_alone(folder: Path) -> None:
+def test_it_acts_in_its_share_of_the_steps_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = StableDiffusion_1.from_pretrained(folder)
-    runs: list[int] = []
-    run_unet = model.run_unet
-    model.run_unet = lambda *args, **kwargs: runs.append(args[1]) or run_unet(*args, **kwargs)  # type: ignore
+    runs, run_unet = list[int](), model.run_unet
+    monkeypatch.setattr(model, "run_unet", lambda *args: runs.append(args[1]) or run_unet(*args))
     guidance = PerturbedAttentionGuidance(model, start=0.25, end=0.7).inject()
     our_latents(model, 5.0)
     assert runs == [0, 1, 1, 2, 3] and STEPS == 4

@@ -1,5 +1,6 @@
 """Edits that steer sampling, and LoRAs, on one model: in any order, at once, and off again without a trace."""
 
+import copy
 import random
 from collections.abc import Callable
 from typing import Any
@@ -136,34 +137,48 @@ def test_an_edit_can_come_back(model: StableDiffusion_1, name: str) -> None:
 
 @pytest.mark.parametrize("name", EDITS)
 def test_an_edit_of_a_copy_does_not_show_in_the_model(model: StableDiffusion_1, name: str) -> None:
-    before, copy = predict(model), model.structural_copy()
-    EDITS[name](copy).inject()
-    assert relative_error(predict(copy), before) > 1e-4 and torch.equal(predict(model), before)
+    before, other = predict(model), model.structural_copy()
+    EDITS[name](other).inject()
+    assert relative_error(predict(other), before) > 1e-4 and torch.equal(predict(model), before)
 
 
 @pytest.mark.parametrize("name", ["FreeU", "reference-only", "StyleAligned"])
 def test_an_edited_unet_can_be_copied(model: StableDiffusion_1, name: str) -> None:
     edit: Any = EDITS[name](model)
     edit.inject()
-    copy, expected = model.structural_copy(), predict(model)
+    other, expected = model.structural_copy(), predict(model)
     edit.eject()
-    assert torch.equal(predict(copy), expected)
+    assert torch.equal(predict(other), expected)
+
+
+@pytest.mark.parametrize("name", ["perturbed attention", "self-attention guidance"])
+def test_a_deep_copy_has_guidances_of_its_own(name: str) -> None:
+    model = StableDiffusion_1.from_pretrained("builtin")
+    before = predict(model)
+    EDITS[name](model).inject()
+    expected, deep = predict(model), copy.deepcopy(model)
+    (guidance,) = deep.guidances
+    assert isinstance(guidance, Steering) and guidance is not model.guidances[0]
+    assert torch.equal(predict(deep), expected)
+    guidance.eject()
+    assert torch.equal(predict(deep), before) and torch.equal(predict(model), expected)
 
 
 @torch.no_grad()
 def test_steps_leave_nothing_behind() -> None:
-    model = small_model(solver=DDIM(10))
+    model = small_model(solver=DDIM(6))
     for name in EDITS:
         EDITS[name](model).inject()
     text, x = torch.randn(4, 7, 32), torch.randn(2, 4, 8, 8)
     memory: list[int] = []
     for step in model.steps:
         x = model(x, step=step, clip_text_embedding=text)
-        if step in (2, 8):
+        if step in (2, 4):
             memory.append(live_bytes())
     assert memory[0] == memory[1]
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_all_edits_together_work_in_half_precision(model: StableDiffusion_1, dtype: torch.dtype) -> None:

@@ -11,6 +11,7 @@ from refiners.foundationals.latent_diffusion.image_prompt.projection import (
     PerceiverResampler,
     ResamplerSpec,
 )
+from refiners.foundationals.latent_diffusion.parts_folder import UNCHANGED
 from refiners.weights.rules import Names, Target
 
 KEYS_AND_VALUES = Names({"TokenProjection_1.Linear": "to_k_ip", "TokenProjection_2.Linear": "to_v_ip"})
@@ -28,7 +29,6 @@ RESAMPLER_LAYER = Names(
 )
 PLAIN = Names({"Linear": "proj", "LayerNorm": "norm"})
 FULL = Names({"Linear_1": "proj.0", "Linear_2": "proj.2", "LayerNorm": "proj.3"})
-UNCHANGED = Names({"": ""})
 
 
 def resampler_names(spec: ResamplerSpec) -> Names:

@@ -82,7 +82,7 @@ class ObservedAttention(fl.Chain, Adapter[fl.ScaledDotProductAttention]):
         if not self.use_context("guidance")["is_again"]:
             query, key, _ = inputs
             count = self.use_context("diffusion").get("negatives", 0) or len(query)
-            self.__dict__["_attention"] = self._attended(query[:count], key[:count])
+            self.__dict__["_attention"] = self._attended(query[:count].detach(), key[:count].detach())
         return super().forward(*inputs)
 
     def _attended(self, query: Tensor, key: Tensor) -> Tensor:
