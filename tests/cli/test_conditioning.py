@@ -104,8 +104,9 @@ def test_pictures_are_prompts_by_an_ip_adapter(model: list[Any]) -> None:
     sd15 = StableDiffusion_1.from_pretrained("builtin")
     settings: dict[str, Any] = {"seed": 1, "num_inference_steps": 2, "show_progress": False}
     plain = sd15.generate("a red circle", **settings)[0].tobytes()
-    adapter = IPAdapter(sd15, load_image_encoder(), ImageProjection(384, sd15.unet.spec.text_dim, 4), scale=0.5)
-    randomize(adapter)
+    encoder = load_image_encoder()
+    width = encoder(Image.new("RGB", (32, 32))).shape[-1]
+    adapter = IPAdapter(sd15, encoder, ImageProjection(width, sd15.unet.spec.text_dim, 4), scale=0.5)
     for parameter in adapter.own_parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     adapter.save("ip.safetensors")

@@ -259,19 +259,18 @@ def test_a_model_that_copies_what_it_is_shown_carries_all_and_one_that_ignores_i
     assert judging.judge(sd, len, "thing", 60)["carried"] < 0.2
 
 
-def test_the_judge_shows_each_picture_with_a_prompt_that_says_nothing_of_places() -> None:
-    sd, shown = StableDiffusion_1.from_pretrained("builtin"), list[Image.Image]()
-    monkey = pytest.MonkeyPatch()
-    prompts: list[str] = []
-    plain = StableDiffusion_1.generate
+def test_the_judge_shows_each_picture_with_a_prompt_that_says_nothing_of_places(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sd, shown, prompts = StableDiffusion_1.from_pretrained("builtin"), list[Image.Image](), list[str]()
+    compute = StableDiffusion_1.compute_conditions
 
-    def generate(self: StableDiffusion_1, prompt: Any, **options: Any) -> list[Image.Image]:
-        prompts.extend(prompt)
-        return plain(self, prompt, **{**options, "num_inference_steps": 1})
+    def listening(self: StableDiffusion_1, text: Any, negative: Any, size: Any) -> Any:
+        prompts.extend(text)
+        return compute(self, text, negative, size)
 
-    with monkey.context() as patched:
-        patched.setattr(StableDiffusion_1, "generate", generate)
-        shares = judging.judge(sd, shown.extend, "edges", 3)
+    monkeypatch.setattr(StableDiffusion_1, "compute_conditions", listening)
+    shares = judging.judge(sd, shown.extend, "edges", 3, num_inference_steps=1)
     assert shares.keys() == {"places", "shapes", "colors", "things"} and len(shown) == len(prompts) == 3
     assert all(request.things and not request.asks_for_places for request in map(parse_caption, prompts))
 

@@ -1,11 +1,13 @@
 """The two text encoders of Stable Diffusion XL against transformers', and prompts for both."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from clip_specimens import SMALL, config_of, randomize, relative_error
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection
 from transformers import CLIPTokenizer as TransformersTokenizer
@@ -175,3 +177,23 @@ def test_compiles_into_one_graph() -> None:
     with torch.no_grad():
         for ours, theirs in zip(compiled(ids), encoder(ids), strict=True):
             torch.testing.assert_close(ours, theirs)
+
+
+def test_words_from_a_file_for_both_go_to_each(tmp_path: Path) -> None:
+    encoder, _, _ = double()
+    vectors = {"clip_l": torch.randn(2, 16), "clip_g": torch.randn(2, 32)}
+    save_file(vectors, tmp_path / "<toy>.safetensors")
+    with torch.no_grad():
+        before, _ = encode_pooled_prompt(encoder, "a <toy>")
+        extenders = [ConceptExtender(each) for each in encoder.layers(CLIPTextEncoder)]
+        for extender in extenders:
+            assert extender.load(tmp_path / "<toy>.safetensors") == ["<toy>"]
+            extender.inject()
+        after, _ = encode_pooled_prompt(encoder, "a <toy>")
+        for part in (slice(None, 16), slice(16, None)):
+            assert not torch.allclose(after[..., part], before[..., part])
+        for extender in extenders:
+            extender.eject()
+        assert torch.equal(encode_pooled_prompt(encoder, "a <toy>")[0], before)
+    with pytest.raises(ValueError, match="for one text encoder, and this DoubleTextEncoder has several"):
+        ConceptExtender(encoder)

@@ -1,7 +1,9 @@
 """ControlNets in files: every key of the full sizes, each form, folders of diffusers, and what is refused."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,6 @@ from control_specimens import (
     unet_pair,
 )
 from diffusers import ControlNetModel
-from huggingface_hub.errors import EntryNotFoundError
 from torch import Tensor
 
 from refiners.foundationals.latent_diffusion import UNet, UNetSpec
@@ -27,6 +28,7 @@ from refiners.foundationals.latent_diffusion.control import (
     ControlNet,
     ControlNetAdapter,
     ControlNetSpec,
+    control_net_files,
     load_control_net,
     save_control_net,
 )
@@ -110,17 +112,19 @@ def test_diffusers_loads_what_is_saved_and_the_other_way_round(spec: UNetSpec, t
     assert load_control_net(tmp_path / "theirs", UNet(spec)).spec == ours.spec
 
 
-def test_a_repository_of_the_hub_is_read_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_repository_of_the_hub_is_read_with_its_configuration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     control_net, _ = control_pair(SD1)
     save_control_net(control_net, tmp_path / "snapshot")
 
-    def download(repository: str, name: str, revision: str | None) -> str:
-        path = tmp_path / "snapshot" / name
-        if repository != "someone/edges-1.0" or not path.is_file():
-            raise EntryNotFoundError("there is no such file")
-        return str(path)
+    def fetch_from_hub(repository: str) -> Callable[[str], Path | None]:
+        return partial(found, tmp_path / "snapshot" if repository == "someone/edges-1.0" else tmp_path)
 
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    def found(folder: Path, name: str) -> Path | None:
+        return folder / name if (folder / name).is_file() else None
+
+    monkeypatch.setattr(control_net_files, "fetch_from_hub", fetch_from_hub)
     assert load_control_net("someone/edges-1.0", UNet(SD1)).spec == control_net.spec
     with pytest.raises(FileNotFoundError, match="someone/else: there are no weights"):
         load_control_net("someone/else", UNet(SD1))

@@ -247,7 +247,7 @@ def test_pictures_are_turned_into_what_the_encoder_sees() -> None:
     alone = adapter.compute_condition_features(
         picture.rotate(90).convert("L").resize((128, 64), Image.Resampling.LANCZOS)
     )
-    assert several[0].shape == (2, 32, 8, 16) and torch.allclose(several[0][1:], alone[0], atol=1e-6)
+    assert several[0].shape == (2, SD1.channels[0], 8, 16) and torch.allclose(several[0][1:], alone[0], atol=1e-6)
 
 
 def test_what_does_not_fit_is_refused_with_the_reason() -> None:
@@ -264,8 +264,9 @@ def test_what_does_not_fit_is_refused_with_the_reason() -> None:
     adapter.inject()
     with pytest.raises(ValueError, match="was given no features: call set_condition_features first"):
         predict(unet, *call_of())
-    with pytest.raises(ValueError, match=r"are \(1, 32, 8, 8\), \(1, 32, 4, 4\), but .* C of \[32, 64, 64\]"):
-        adapter.set_condition_features([torch.zeros(1, 32, 8, 8), torch.zeros(1, 32, 4, 4)])
+    wanted = ", ".join(map(str, SD1.channels))
+    with pytest.raises(ValueError, match=rf"are \(1, 5, 8, 8\), \(1, 5, 4, 4\), but .* C of \[{wanted}\]"):
+        adapter.set_condition_features([torch.zeros(1, 5, 8, 8), torch.zeros(1, 5, 4, 4)])
     with pytest.raises(ValueError, match="another name"):
         small_adapter(unet, "depth").inject()
     adapter.set_condition_features(random_features(SD1, side=16))

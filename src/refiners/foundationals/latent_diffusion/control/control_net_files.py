@@ -13,9 +13,9 @@ from refiners.foundationals.latent_diffusion.control import control_net_configs
 from refiners.foundationals.latent_diffusion.control.control_net import ControlNetSpec
 from refiners.foundationals.latent_diffusion.control.control_net_names import diffusers_names, single_file_names
 from refiners.foundationals.latent_diffusion.diffusers_folder import SUFFIXES
-from refiners.foundationals.latent_diffusion.parts_folder import UNCHANGED
 from refiners.foundationals.latent_diffusion.hub import fetch_from_hub
-from refiners.foundationals.latent_diffusion.pretrained import SINGLE_FILE_SUFFIXES, fetch_from
+from refiners.foundationals.latent_diffusion.parts_folder import UNCHANGED
+from refiners.foundationals.latent_diffusion.pretrained import REPOSITORY, SINGLE_FILE_SUFFIXES, fetch_from
 from refiners.foundationals.latent_diffusion.unet import UNet
 from refiners.weights.files import read_safetensors
 from refiners.weights.formats import TEXT_FAMILIES, Content, Family, identify
@@ -70,8 +70,8 @@ def weights_path(where: Path | str) -> Path:
     path = Path(where)
     if path.is_dir():
         fetch = fetch_from(path)
-    elif isinstance(where, str) and where.count("/") == 1 and path.suffix not in SINGLE_FILE_SUFFIXES:
-        fetch = fetch_from_hub(where)
+    elif _is_repository(where):
+        fetch = fetch_from_hub(str(where))
     else:
         return path
     for suffix in SUFFIXES:
@@ -106,6 +106,12 @@ def check_family(file: ControlNetFile, unet: UNet) -> None:
             f"{file.path}: this is a {identity}, but the model reads text {spec.text_dim} wide"
             f"{f', as {family}' if family else ''}: get one that was made for it"
         )
+
+
+def _is_repository(where: Path | str) -> bool:
+    path = Path(where)
+    is_file = path.is_file() or path.suffix in SINGLE_FILE_SUFFIXES
+    return isinstance(where, str) and not is_file and REPOSITORY.fullmatch(where) is not None
 
 
 def _read_json(path: Path) -> Mapping[str, Any]:
