@@ -76,7 +76,9 @@ def test_pictures_without_captions_stop_or_are_left_out_or_get_a_default(tmp_pat
     ]
 
 
-@pytest.mark.parametrize("line", ['{"file_name": "a.png"}', "{", '"text"', "[1]"])
+@pytest.mark.parametrize(
+    "line", ['{"file_name": "a.png"}', '{"file_name": "a.png", "text": null}', "{", '"text"', "[1]"]
+)
 def test_a_damaged_metadata_line_is_named(tmp_path: Path, line: str) -> None:
     write_pictures(tmp_path, 1)
     (tmp_path / "metadata.jsonl").write_text(f"\n{line}\n")
@@ -89,6 +91,13 @@ def test_a_caption_that_is_no_text_is_named(tmp_path: Path) -> None:
     (tmp_path / "00.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(DataError, match=r"00\.txt: this caption is not UTF-8"):
         read_folder(tmp_path)
+    (tmp_path / "00.txt").unlink()
+    line = '{"file_name": "00.png", "text": "un été"}'
+    (tmp_path / "metadata.jsonl").write_text(line, encoding="latin-1")
+    with pytest.raises(DataError, match=r"metadata\.jsonl: this file is not UTF-8"):
+        read_folder(tmp_path)
+    (tmp_path / "metadata.jsonl").write_text(line, encoding="utf-8-sig")
+    assert [each.caption for each in read_folder(tmp_path)] == ["un été"]
 
 
 def test_transparent_parts_are_white_and_pictures_upright(tmp_path: Path) -> None:

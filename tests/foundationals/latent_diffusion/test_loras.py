@@ -131,7 +131,9 @@ def test_seventeen_numbers_are_those_of_web_uis(sd: StableDiffusion_1, folder: P
 
 def test_a_block_that_no_layer_is_in_is_an_error_and_nothing_is_added(sd: StableDiffusion_1, folder: Path) -> None:
     before = picture(sd)
-    with pytest.raises(ValueError, match=r"no layer of this adapter is in 'unet\.down_block'; did you mean 'unet\.down"):
+    with pytest.raises(
+        ValueError, match=r"no layer of this adapter is in 'unet\.down_block'; did you mean 'unet\.down"
+    ):
         sd.loras.add(folder / "style.safetensors", blocks={"unet.down_block": 0.5})
     with pytest.raises(ValueError, match="3 block weights, but there are 17"):
         sd.loras.add(folder / "style.safetensors", blocks=[1, 2, 3])

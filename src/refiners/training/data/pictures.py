@@ -170,11 +170,15 @@ def complain(names: Sequence[str], what: str, on_bad_item: OnBadItem) -> None:
 def _captions_beside(folder: Path) -> dict[Path, str]:
     captions: dict[Path, str] = {}
     for path in sorted(folder.rglob("*.txt")):
-        try:
-            captions[path.relative_to(folder).with_suffix("")] = path.read_text(encoding="utf-8-sig").strip()
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path}: this caption is not UTF-8 text ({error.reason}); save it as UTF-8") from error
+        captions[path.relative_to(folder).with_suffix("")] = _text_of(path, "this caption").strip()
     return captions
+
+
+def _text_of(path: Path, what: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")  # some editors put a mark before UTF-8
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: {what} is not UTF-8 text ({error.reason}); save it as UTF-8") from error
 
 
 def _files_by_stem(folder: Path | None) -> dict[str, Path]:
@@ -193,7 +197,7 @@ class _Row(NamedTuple):
 
 def _rows_of_metadata(folder: Path) -> list[_Row]:
     path = folder / "metadata.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    lines = _text_of(path, "this file").splitlines() if path.exists() else []
     return [_row_of(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1) if line.strip()]
 
 
@@ -201,7 +205,9 @@ def _row_of(line: str, where: str) -> _Row:
     try:
         row = cast("dict[str, Any]", json.loads(line))
         conditioning = row.get("conditioning_image")
-        return _Row(Path(row["file_name"]), str(row["text"]), None if conditioning is None else Path(conditioning))
+        if not isinstance(row["text"], str):  # or nothing would become the caption "None"
+            raise TypeError("a caption is a text")
+        return _Row(Path(row["file_name"]), row["text"], None if conditioning is None else Path(conditioning))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         wanted = '{"file_name": "cat.png", "text": "a cat"}'
         raise DataError(f"{where}: a line should be like {wanted}, not {line!r}") from error
