@@ -303,6 +303,21 @@ def test_drawn_scenes_are_the_same_each_time_and_say_nothing_of_places() -> None
         assert not request.asks_for_places and Counter(request.things) == Counter(scene.things)
 
 
+def test_masks_lie_in_the_folders_of_their_pictures_and_none_is_lost(tmp_path: Path) -> None:
+    for name, shade in (("one", 10), ("two", 20)):
+        write_pictures(tmp_path / "pictures" / name, 1)
+        (tmp_path / "masks" / name).mkdir(parents=True)
+        Image.new("L", (4, 4), shade).save(tmp_path / "masks" / name / "00.png")
+    pictures = read_folder(tmp_path / "pictures", mask_folder=tmp_path / "masks")
+    shades = [decode(each.mask(), "a", "L").getpixel((0, 0)) for each in pictures if each.mask is not None]
+    assert shades == [10, 20]
+    Image.new("L", (4, 4)).save(tmp_path / "masks" / "oo.png")
+    with pytest.raises(DataError, match=r"1 masks have no picture: .*oo\.png; mend them"):
+        read_folder(tmp_path / "pictures", mask_folder=tmp_path / "masks")
+    with pytest.warns(DataWarning, match=r"oo\.png"):
+        assert len(read_folder(tmp_path / "pictures", "skip", tmp_path / "masks")) == 2
+
+
 def test_buckets_have_about_the_area_and_all_fit() -> None:
     sizes = bucket_sizes(512, 64, 2)
     assert (512, 512) in sizes and all(width % 64 == height % 64 == 0 for width, height in sizes)

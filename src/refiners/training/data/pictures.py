@@ -71,13 +71,14 @@ def read_folder(
 ) -> list[Picture]:
     """All pictures of a folder, by name, but for those that serve as masks or conditioning pictures.
 
-    on_bad_item: what to do with captions that have no picture: raise DataError, or warn and go on.
-    mask_folder: holds masks under the names of the pictures (with any suffix); a picture without one counts as a whole.
+    on_bad_item: what to do with captions and masks that have no picture: raise DataError, or warn and go on.
+    mask_folder: holds masks under the names of the pictures (with any suffix), in the same folders as these or all at
+        the top; a picture without one counts as a whole.
     conditioning_folder: holds the conditioning pictures in the same way.
     Raises FileNotFoundError if a folder is not there, DataError if there is no picture, or a caption file is damaged.
     """
     folder = Path(folder)
-    masks, conditioning = _files_by_stem(mask_folder), _files_by_stem(conditioning_folder)
+    masks, conditioning = _files_by_name(mask_folder), _files_by_name(conditioning_folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: there is no such folder of pictures; give one that exists")
     rows = _rows_of_metadata(folder)
@@ -91,15 +92,19 @@ def read_folder(
     complain(lost, f"{folder}: {len(lost)} captions have no picture", on_bad_item)
     if not files:
         raise DataError(f"{folder}: there are no pictures in it ({', '.join(SUFFIXES)})")
+    names = {name for path in files for name in (path.with_suffix(""), Path(path.stem))}
+    for kind, companions in (("masks", masks), ("conditioning pictures", conditioning)):
+        strays = [str(path) for name, path in companions.items() if name not in names]
+        complain(strays, f"{folder}: {len(strays)} {kind} have no picture", on_bad_item)
 
     def picture_of(relative: Path, path: Path) -> Picture:
         stem = relative.with_suffix("")
-        led_by = named.get(stem, conditioning.get(path.stem))
+        led_by, mask = named.get(stem, _companion(stem, conditioning)), _companion(stem, masks)
         return Picture(
             name=str(path),
             read=path.read_bytes,
             caption=captions.get(relative, captions.get(stem)),
-            mask=masks[path.stem].read_bytes if path.stem in masks else None,
+            mask=None if mask is None else mask.read_bytes,
             conditioning=None if led_by is None else led_by.read_bytes,
         )
 
@@ -181,12 +186,18 @@ def _text_of(path: Path, what: str) -> str:
         raise DataError(f"{path}: {what} is not UTF-8 text ({error.reason}); save it as UTF-8") from error
 
 
-def _files_by_stem(folder: Path | None) -> dict[str, Path]:
+def _files_by_name(folder: Path | None) -> dict[Path, Path]:
     if folder is None:
         return {}
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: there is no such folder of pictures; give one that exists")
-    return {path.stem: path for path in folder.iterdir() if path.is_file()}
+    found = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in SUFFIXES]
+    return {path.relative_to(folder).with_suffix(""): path for path in found}
+
+
+def _companion(stem: Path, companions: dict[Path, Path]) -> Path | None:
+    """The one in the same place, or else the one of the same name at the top."""
+    return companions.get(stem, companions.get(Path(stem.name)))
 
 
 class _Row(NamedTuple):
