@@ -212,6 +212,17 @@ def test_nothing_to_train_is_an_error(tmp_path: Path) -> None:
         Trainer({"model": chain}, lambda batch: batch, Points(), config(tmp_path), trained=trained)
 
 
+def test_no_batches_are_an_error(tmp_path: Path) -> None:
+    class Nothing(Points):
+        def __len__(self) -> int:
+            return 0
+
+    with pytest.raises(ValueError, match="there is nothing to train on: the Nothing given have a length of 0"):
+        Trainer({"model": small_chain()}, lambda batch: batch, Nothing(), config(tmp_path))
+    with pytest.raises(ValueError, match="there is nothing to hold out"):
+        Trainer({"model": small_chain()}, lambda batch: batch, Points(), config(tmp_path), held_out=Nothing())
+
+
 def test_an_error_in_the_data_is_raised_as_it_is_and_callbacks_are_closed(tmp_path: Path) -> None:
     closed: list[BaseException | None] = []
 

@@ -99,7 +99,7 @@ class Trainer:
     held_out: data for a loss that is computed at each evaluation.
     blocks: modules whose weights FSDP keeps together; without any, each model as a whole.
 
-    Raises ValueError if there is nothing to train.
+    Raises ValueError if there is nothing to train, or nothing to train on.
     """
 
     def __init__(
@@ -115,6 +115,9 @@ class Trainer:
         process: Process | None = None,
         blocks: Sequence[nn.Module] = (),
     ) -> None:
+        for purpose, data in (("train on", batches), ("hold out", held_out)):
+            if data is not None and not len(data):
+                raise ValueError(f"there is nothing to {purpose}: the {type(data).__name__} given have a length of 0")
         self.weights = TrainedWeights(models, trained)
         self.compute_loss = compute_loss
         self.batches, self.held_out = batches, held_out
