@@ -25,7 +25,13 @@ from torch import nn
 
 import refiners.fluxion.layers as fl
 from refiners.adapters.lora import Conv2dLora, LoraAdapter
-from refiners.foundationals.latent_diffusion.lora import LoraWeights, convert_lora, export_lora, save_lora
+from refiners.foundationals.latent_diffusion.lora import (
+    LoraWeights,
+    compare_loras,
+    convert_lora,
+    export_lora,
+    save_lora,
+)
 from refiners.weights.files import read_safetensors
 
 with warnings.catch_warnings():  # what others deprecate is not ours to fix
@@ -207,6 +213,18 @@ def test_one_tree_makes_one_folder(models: Models, tmp_path: Path) -> None:
     LoraWeights(tmp_path / "out").patch(fresh)
     merge(theirs, factors)
     assert_same(outputs(fresh), their_outputs(theirs))
+
+
+def test_a_folder_that_is_written_again_holds_nothing_from_before(models: Models, tmp_path: Path) -> None:
+    ours, theirs = models
+    files: list[Path] = []
+    for index, name in enumerate(("to_q", "_proj")):  # of the UNet alone, and of both
+        factors = random_factors(theirs, lambda component, full, name=name: name in full)
+        files.append(write(tmp_path / f"{index}.safetensors", kohya_tensors(factors)))
+    for file in (*files, *files):
+        convert_lora(file, tmp_path / "out", ours, "peft")
+        comparison = compare_loras(file, tmp_path / "out", ours)
+        assert comparison.equal_count == len(comparison.layers) > 0
 
 
 @pytest.mark.slow

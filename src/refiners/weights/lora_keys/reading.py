@@ -12,10 +12,10 @@ from refiners.weights.lora_keys.settings import METADATA_KEY, Settings, parse_se
 from refiners.weights.torch_files import is_torch_file, read_torch
 
 _MAX_SETTINGS_BYTES = 10_000_000
-_PEFT_SETTINGS = "adapter_config.json"
-_PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+PEFT_SETTINGS = "adapter_config.json"
+PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _DIFFUSERS_WEIGHTS = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
-_COMPONENT_FOLDERS = ("unet", "text_encoder", "text_encoder_2")  # of one pipeline, a peft adapter each
+COMPONENT_FOLDERS = ("unet", "text_encoder", "text_encoder_2")  # of one pipeline, a peft adapter each
 
 
 @dataclass(frozen=True)
@@ -45,16 +45,16 @@ def read_lora(path: Path | str) -> LoraFile:
 
 
 def _read_folder(folder: Path) -> LoraFile:
-    if (folder / _PEFT_SETTINGS).exists():
+    if (folder / PEFT_SETTINGS).exists():
         return _read_peft(folder)
     for name in _DIFFUSERS_WEIGHTS:
         if (folder / name).exists():
             return read_lora(folder / name)
-    parts = {name: folder / name for name in _COMPONENT_FOLDERS if (folder / name / _PEFT_SETTINGS).exists()}
+    parts = {name: folder / name for name in COMPONENT_FOLDERS if (folder / name / PEFT_SETTINGS).exists()}
     if not parts:
         raise FileNotFoundError(
-            f"{folder}: this folder has neither {_PEFT_SETTINGS}, nor {_DIFFUSERS_WEIGHTS[0]}, nor one of the folders "
-            f"{', '.join(_COMPONENT_FOLDERS)} with an adapter; give the path of the LoRA file itself"
+            f"{folder}: this folder has neither {PEFT_SETTINGS}, nor {_DIFFUSERS_WEIGHTS[0]}, nor one of the folders "
+            f"{', '.join(COMPONENT_FOLDERS)} with an adapter; give the path of the LoRA file itself"
         )
     tensors: dict[str, Tensor] = {}
     settings: dict[str, Settings] = {}
@@ -67,13 +67,13 @@ def _read_folder(folder: Path) -> LoraFile:
 
 
 def _read_peft(folder: Path) -> LoraFile:
-    path = folder / _PEFT_SETTINGS
+    path = folder / PEFT_SETTINGS
     check_is_file(path)
     if path.stat().st_size > _MAX_SETTINGS_BYTES:
         raise ValueError(f"{path}: settings of {path.stat().st_size} bytes; at most {_MAX_SETTINGS_BYTES} are accepted")
     settings = parse_settings(str(path), path.read_bytes().decode(errors="replace"))
-    for name in _PEFT_WEIGHTS:
+    for name in PEFT_WEIGHTS:
         if (folder / name).exists():
             read = read_lora(folder / name)
             return LoraFile(folder, read.tensors, read.metadata, settings)
-    raise FileNotFoundError(f"{folder}: there is {_PEFT_SETTINGS} but no {_PEFT_WEIGHTS[0]}; save the adapter again")
+    raise FileNotFoundError(f"{folder}: there is {PEFT_SETTINGS} but no {PEFT_WEIGHTS[0]}; save the adapter again")

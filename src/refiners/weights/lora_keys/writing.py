@@ -12,6 +12,7 @@ from torch import Tensor
 from refiners.weights.files import write_safetensors
 from refiners.weights.lora_keys.kinds import Kind, key_end
 from refiners.weights.lora_keys.peft_parts import PEFT_MAGNITUDE, magnitude_of_peft
+from refiners.weights.lora_keys.reading import COMPONENT_FOLDERS, PEFT_SETTINGS, PEFT_WEIGHTS
 from refiners.weights.lora_keys.settings import METADATA_KEY
 from refiners.weights.lora_keys.updates import LoraUpdate
 
@@ -74,7 +75,10 @@ def _check_is_low_rank(update: LoraUpdate, form: str) -> None:
 
 
 def save_updates(path: Path | str, updates: Sequence[LoraUpdate], form: LoraFormat) -> None:
-    """Write updates: one safetensors file, or for peft a folder (per component, if there are several)."""
+    """Write updates: one safetensors file, or for peft a folder (per component, if there are several).
+
+    Adapters of peft that lie in that folder from before are replaced, also those that have another place in it.
+    """
     tensors, metadata = format_updates(updates, form)
     if form != "peft":
         write_safetensors(path, tensors, metadata)
@@ -82,12 +86,16 @@ def save_updates(path: Path | str, updates: Sequence[LoraUpdate], form: LoraForm
     by_component: dict[str, list[LoraUpdate]] = {}
     for update in updates:
         by_component.setdefault(_prefix(update), []).append(update)
+    folders = {prefix: Path(path) / prefix if len(by_component) > 1 else Path(path) for prefix in by_component}
+    for stale in {Path(path), *(Path(path) / name for name in COMPONENT_FOLDERS)} - set(folders.values()):
+        for name in (PEFT_SETTINGS, *PEFT_WEIGHTS):
+            (stale / name).unlink(missing_ok=True)
     for prefix, group in by_component.items():
-        folder = Path(path) / prefix if len(by_component) > 1 else Path(path)
+        folder = folders[prefix]
         folder.mkdir(parents=True, exist_ok=True)
         own = {key.removeprefix(f"{prefix}."): value for key, value in tensors.items() if key.startswith(f"{prefix}.")}
-        write_safetensors(folder / "adapter_model.safetensors", own, {"format": "pt"})
-        (folder / "adapter_config.json").write_text(json.dumps(_peft_settings(group), indent=2) + "\n")
+        write_safetensors(folder / PEFT_WEIGHTS[0], own, {"format": "pt"})
+        (folder / PEFT_SETTINGS).write_text(json.dumps(_peft_settings(group), indent=2) + "\n")
 
 
 def _prefix(update: LoraUpdate) -> str:
