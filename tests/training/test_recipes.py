@@ -63,6 +63,17 @@ def predict(sd: StableDiffusion_1, prompt: str = "a red disc") -> Tensor:
         return sd.unet(torch.randn(1, 4, 8, 8, generator=generator))
 
 
+def test_a_setting_that_the_optimizer_lacks_is_told_before_any_latents_are_made(
+    tmp_path: Path, model_folder: Path, picture_folder: Path
+) -> None:
+    path = write_config(
+        tmp_path, "lora", model_folder, picture_folder, optimizer='optimizer = "SGD"\nbetas = [0.9, 0.9]'
+    )
+    with pytest.raises(ValueError, match="the optimizer SGD has no setting 'betas'"):
+        train(path)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["kohya", "diffusers"])
 def test_a_trained_lora_loads_in_refiners_and_in_diffusers(

@@ -1,7 +1,7 @@
 """The settings of any training: how long, by which optimizer, what is kept. Recipes add sections of their own."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -74,6 +74,11 @@ class OptimizerConfig(Section):
         if value not in OPTIMIZERS:
             raise ValueError(f"there is no optimizer {value!r}; {nearest(value, OPTIMIZERS)}")
         return value
+
+    @property
+    def own_settings(self) -> dict[str, Any]:
+        """What not all optimizers have, by name; None for what is left to the optimizer."""
+        return self.model_dump(exclude={"optimizer", "learning_rate", "text_encoder_learning_rate"})
 
     @field_validator("betas")
     @classmethod

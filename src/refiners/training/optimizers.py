@@ -56,13 +56,18 @@ def make_optimizer(
     values: settings such as `betas`; those that are None are left to the optimizer.
     Raises ModuleNotFoundError if its library is not installed, ValueError for a setting that it does not have.
     """
+    make = checked_optimizer(name, **values)
+    return make(parameters, lr=learning_rate, **{key: value for key, value in values.items() if value is not None})
+
+
+def checked_optimizer(name: str, **values: Any) -> Callable[..., Optimizer]:
+    """The class of an optimizer that has all settings that are not None. Raises as `make_optimizer`."""
     make = find_optimizer(name)
-    given = {key: value for key, value in values.items() if value is not None}
     known = inspect.signature(make).parameters
-    for key in given:
-        if key not in known:
+    for key, value in values.items():
+        if value is not None and key not in known:
             raise ValueError(f"the optimizer {name} has no setting {key!r}; it has {', '.join(list(known)[1:])}")
-    return make(parameters, lr=learning_rate, **given)
+    return make
 
 
 def groups_by_rate(parameters: Mapping[str, nn.Parameter], rates: Mapping[str, float | None]) -> list[dict[str, Any]]:

@@ -308,9 +308,8 @@ class Trainer:
             devices = [self.process.device] if self.process.device.type == "cuda" else None
             self._objective = DistributedDataParallel(self._objective, device_ids=devices)
         self._parameters = self.weights.parameters
-        settings = optimizer.model_dump(exclude={"optimizer", "learning_rate", "text_encoder_learning_rate"})
         groups = groups_by_rate(self._parameters, {"text_encoder": optimizer.text_encoder_learning_rate})
-        self.optimizer = make_optimizer(optimizer.optimizer, groups, optimizer.learning_rate, **settings)
+        self.optimizer = make_optimizer(optimizer.optimizer, groups, optimizer.learning_rate, **optimizer.own_settings)
         if hasattr(self.optimizer, "train"):  # schedule-free ones have two modes
             cast(Any, self.optimizer).train()
         self._scaler = torch.amp.GradScaler(self.process.device.type, enabled=training.precision == "float16")

@@ -20,7 +20,7 @@ from refiners.training.data.pictures import Picture, read_folder, read_hub, with
 from refiners.training.data.scenes import draw_pictures
 from refiners.training.distributed import Process
 from refiners.training.losses import DiffusionLoss
-from refiners.training.optimizers import find_optimizer
+from refiners.training.optimizers import checked_optimizer
 from refiners.training.recipes.config import TextToImageConfig
 from refiners.training.recipes.judging import JudgeScenes
 from refiners.training.recipes.leading import Lead
@@ -89,7 +89,7 @@ def train(
 ) -> Trainer:
     """Train what a recipe chose on pictures with captions, and save it."""
     loss, reporters = _make_loss(config, sd), make_reporters(config, process)
-    find_optimizer(config.optimizer.optimizer)  # what is not installed is told before the latents are made
+    checked_optimizer(config.optimizer.optimizer, **config.optimizer.own_settings)  # before the latents are made
     dropped = config.latent_diffusion.unconditional_sampling_probability
     captions = replace(choice.captions, drop_probability=dropped)
     items = _prepare_items(config, sd, pictures, process, choice.lead)
