@@ -276,6 +276,6 @@ def test_the_judge_shows_each_picture_with_a_prompt_that_says_nothing_of_places(
 
 
 def test_shipped_configs_are_valid() -> None:
-    for path in Path("configs").glob("train-*.toml"):
+    for path in (Path(__file__).parents[2] / "configs").glob("train-*.toml"):
         recipe = path.read_text().split('recipe = "')[1].split('"')[0]
         RECIPES[recipe].config.load(path)

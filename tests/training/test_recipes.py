@@ -216,7 +216,7 @@ def test_other_kinds_train_and_their_file_does_what_was_trained(
 
 
 def test_a_kind_that_the_format_does_not_hold_is_a_mistake() -> None:
-    with pytest.raises(ConfigError, match=r'files in the form of peft do not hold kind = "lokr"; use "kohya"'):
+    with pytest.raises(ConfigError, match=r'kind = "lokr" is not written in the form of peft; use "kohya"'):
         LoraConfig.read({"kind": "lokr", "format": "peft"})
     with pytest.raises(ConfigError, match='kind = "ia3" has neither a rank nor an alpha'):
         LoraConfig.read({"kind": "ia3", "rank": 4})

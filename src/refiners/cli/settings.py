@@ -16,8 +16,9 @@ from typing import Any, Self, cast, get_type_hints
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from refiners.foundationals.latent_diffusion.pretrained import BUILTIN
+
 JSON_KEY, TEXT_KEY = "refiners", "parameters"
-BUILTIN = "builtin"  # what comes with the package
 # The settings that name files, besides the model.
 FILE_SETTINGS = ("init_image", "mask", "loras", "controls", "ip_adapter", "image_prompts", "image_encoder")
 # What A1111's web UI calls our solvers.

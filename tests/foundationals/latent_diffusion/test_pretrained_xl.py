@@ -16,7 +16,7 @@ from diffusers import (
 )
 from diffusers.loaders import single_file_utils
 from diffusion_specimens import SPECS, small_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_pretrained import assert_same
 from torch import nn
 from transformers import CLIPTextModelWithProjection
@@ -162,9 +162,16 @@ def test_single_files_of_the_other_family_say_which_class_holds_them(tmp_path: P
         StableDiffusion_1.from_pretrained(tmp_path / "refiner.safetensors")
 
 
-def test_joined_projections_of_a_wrong_shape_are_named(tmp_path: Path) -> None:
-    from safetensors.torch import save_file
+def test_a_file_without_text_encoders_is_refused_for_what_it_lacks(tmp_path: Path) -> None:
+    small_model(StableDiffusion_XL).save_pretrained(tmp_path / "xl.safetensors")
+    tensors = load_file(tmp_path / "xl.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if not name.startswith("conditioner.")}
+    save_file(kept, tmp_path / "xl.safetensors")
+    with pytest.raises(ValueError, match="no whole Stable Diffusion XL, as there is no text encoder in it"):
+        StableDiffusion_XL.from_pretrained(tmp_path / "xl.safetensors")
 
+
+def test_joined_projections_of_a_wrong_shape_are_named(tmp_path: Path) -> None:
     path = tmp_path / "xl.safetensors"
     small_model(StableDiffusion_XL).save_pretrained(path)
     tensors = load_file(path)

@@ -101,6 +101,11 @@ class ConceptExtender(fl.Chain, Adapter[CLIPTextEncoder]):
     """
 
     def __init__(self, target: CLIPTextEncoder) -> None:
+        if len(list(target.layers(CLIPTextEncoder))) > 1:
+            raise ValueError(
+                f"a ConceptExtender is for one text encoder, and this {type(target).__name__} has several: make one "
+                "for each of its layers(CLIPTextEncoder)"
+            )
         # in a tuple: they join the tree when injected
         self._parts = (
             TokenExtender(target.ensure_find(CLIPTokenizer)),

@@ -12,10 +12,9 @@ from refiners.foundationals.clip.image_encoder import (
     CLIPImageSpec,
 )
 from refiners.foundationals.clip.names import TRANSFORMER_LAYER
-from refiners.weights.files import read_safetensors
 from refiners.weights.matching import match_all
 from refiners.weights.rules import Names
-from refiners.weights.torch_files import is_torch_file, read_torch
+from refiners.weights.tensors import read_tensors
 
 _VISION = Names(
     {
@@ -51,7 +50,7 @@ def load_clip_image_encoder(
     Raises ValueError if the file is damaged or holds something else, FileNotFoundError if there is none.
     """
     path = next((Path(path) / name for name in _FILES if (Path(path) / name).is_file()), path)
-    tensors = read_torch(path) if is_torch_file(path) else read_safetensors(path)
+    tensors = read_tensors(path)
     projection = tensors.get("visual_projection.weight")
     if spec is None and projection is not None:
         spec = next((known for known in _SPECS if projection.shape[-1] == known.embedding_dim), None)

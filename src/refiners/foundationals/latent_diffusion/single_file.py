@@ -65,7 +65,7 @@ class SingleFile:
         self.tensors = read_safetensors(path) if path.suffix == ".safetensors" else read_torch(path)
 
     def spec(self, known: Sequence[StableDiffusionSpec]) -> StableDiffusionSpec:
-        """The sizes of the first of the known models with such text encoders.
+        """The sizes of the first of the known models with such text encoders; if there are none, of the first.
 
         As many input channels as the file's UNet has, and waves for the scale of guidance.
         """
@@ -74,14 +74,17 @@ class SingleFile:
             for size, name in UNET_SIZES.items()
             if (tensor := self.tensors.get(name)) is not None and tensor.ndim > 1
         }
-        found = next(each for each in known if tuple(each.text_encoders) == self._text_encoders())
+        encoders = self._text_encoders()
+        found = next((each for each in known if tuple(each.text_encoders) == encoders), known[0])
         return replace(found, unet=replace(found.unet, **told))
 
     def _text_encoders(self) -> tuple[str, ...]:
-        """Diffusers' names of those that are in the file."""
+        """Those that are in the file, by diffusers' names of them."""
         if self._has("conditioner.embedders.1"):
             return ("text_encoder", "text_encoder_2")
-        return ("text_encoder_2",) if self._has("conditioner.embedders.0.model") else ("text_encoder",)
+        if self._has("conditioner.embedders.0.model"):
+            return ("text_encoder_2",)
+        return ("text_encoder",) if self._has("cond_stage_model") else ()
 
     def _has(self, part: str) -> bool:
         return any(name.startswith(f"{part}.") for name in self.tensors)
@@ -90,7 +93,7 @@ class SingleFile:
         """All tensors, by our names. Raises ValueError if they are not those of the model."""
         encoders = TEXT_ENCODERS[tuple(spec.text_encoders)]
         wanted = {UNET: "UNet", AUTOENCODER: "autoencoder", **dict.fromkeys(encoders, "text encoder")}
-        lost = [what for part, what in wanted.items() if not self._has(part)]
+        lost = dict.fromkeys(what for part, what in wanted.items() if not self._has(part))
         if lost:
             identity = identify({name: tuple(tensor.shape) for name, tensor in self.tensors.items()})
             raise ValueError(

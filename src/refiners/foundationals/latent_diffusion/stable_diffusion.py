@@ -93,19 +93,12 @@ class StableDiffusion(TextToImage, Generic[TextEncoder]):
 
         Raises ValueError, which starts with `where` and names the class that would, if none does.
         """
-        for each in _with_subclasses(cls):
-            if each.default_spec and each.default_spec.is_like(spec):
-                return cast(type[Self], each)
-        found = next(
-            (
-                each
-                for each in _with_subclasses(StableDiffusion)
-                if each.default_spec and each.default_spec.is_like(spec)
-            ),
-            None,
-        )
-        advice = f"load it with {found.__name__}" if found else "no class of refiners holds it"
-        raise ValueError(f"{where}: this is no {cls.__name__}: {advice}")
+        found = _first_holding(spec, cls)
+        if found is None:
+            other = _first_holding(spec, StableDiffusion)
+            advice = f"load it with {other.__name__}" if other else "no class of refiners holds it"
+            raise ValueError(f"{where}: this is no {cls.__name__}: {advice}")
+        return cast(type[Self], found)
 
     def save_pretrained(self, where: Path | str, dtype: torch.dtype | None = None) -> None:
         """Save the model so that `from_pretrained`, and diffusers, can load it.
@@ -154,6 +147,11 @@ def pair_prompts(text: str | Sequence[str], negative_text: str | Sequence[str]) 
     if len(negatives) != len(prompts):
         raise ValueError(f"{len(prompts)} prompts, but {len(negatives)} negative ones: give one, or one for each")
     return [*negatives, *prompts]
+
+
+def _first_holding(spec: StableDiffusionSpec, cls: type[StableDiffusion]) -> type[StableDiffusion] | None:
+    found = (each for each in _with_subclasses(cls) if each.default_spec and each.default_spec.is_like(spec))
+    return next(found, None)
 
 
 def _with_subclasses(cls: type[StableDiffusion]) -> Iterator[type[StableDiffusion]]:

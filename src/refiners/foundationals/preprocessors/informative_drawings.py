@@ -13,10 +13,9 @@ from torch import Tensor
 import refiners.fluxion.layers as fl
 from refiners.fluxion.context import placed
 from refiners.fluxion.utils import image_to_tensor, pad, tensor_to_image
-from refiners.weights.files import read_safetensors
 from refiners.weights.matching import match_all
 from refiners.weights.rules import Names
-from refiners.weights.torch_files import is_torch_file, read_torch
+from refiners.weights.tensors import read_tensors
 
 
 @dataclass(frozen=True)
@@ -134,7 +133,7 @@ def load_informative_drawings(
 
     Raises ValueError, which names them, for tensors that do not fit, FileNotFoundError.
     """
-    tensors = read_torch(path) if is_torch_file(path) else read_safetensors(path)
+    tensors = read_tensors(path)
     generator = InformativeDrawings(device="meta")
     shapes = {name: tensor.shape for name, tensor in generator.state_dict().items()}
     dtype = dtype or torch.get_default_dtype()

@@ -67,7 +67,7 @@ class LoraConfig(Section):
     @model_validator(mode="after")
     def _kind_fits(self) -> "LoraConfig":
         if self.format != "kohya" and self.kind not in ("lora", "dora"):
-            raise ValueError(f'files in the form of {self.format} do not hold kind = "{self.kind}"; use "kohya"')
+            raise ValueError(f'kind = "{self.kind}" is not written in the form of {self.format}; use "kohya"')
         if self.kind == "ia3" and self.model_fields_set & {"rank", "alpha"}:
             raise ValueError('kind = "ia3" has neither a rank nor an alpha; leave them out')
         return self

@@ -70,7 +70,7 @@ def _check_is_low_rank(update: LoraUpdate, form: str) -> None:
         reason = "is a DoRA with a magnitude for each input"
     if reason:
         raise ValueError(
-            f"the update of {update.place.path} {reason}, which files in the form of {form} do not hold: write kohya's"
+            f"the update of {update.place.path} {reason}, which is not written in the form of {form}: write kohya's"
         )
 
 

@@ -111,6 +111,8 @@ def test_diffusers_makes_the_same_of_the_same_file(tmp_path: Path) -> None:
     with torch.no_grad():
         expected = predict_theirs(their_unet, [(theirs, 1.0)], *arguments, picture)
         assert relative_error(predict(unet, *arguments), expected) < 1e-5
+        adapter.eject()
+        assert relative_error(predict(unet, *arguments), expected) > 1e-2
 
 
 def test_it_shares_the_unets_weights_and_leaves_the_unet_as_it_was(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ moves with the tree all the same.
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol, Self, cast
+from typing import Protocol, Self, cast
 
 import torch
 from PIL import Image
@@ -228,11 +228,9 @@ class ControlNetAdapter(fl.ContextModule):
 
 
 def _check_fits(control_net: ControlNet, unet: UNet) -> None:
-    ours: Any = control_net.spec.unet
-    theirs: Any = unet.spec
     for name in ("skip_channels", "text_dim", "pooled_text_dim", "num_time_ids"):
-        if getattr(ours, name) != getattr(theirs, name):
+        ours, theirs = getattr(control_net.spec.unet, name), getattr(unet.spec, name)
+        if ours != theirs:
             raise ValueError(
-                f"the ControlNet has {name} {getattr(ours, name)}, but the UNet has {getattr(theirs, name)}: it was "
-                "made for another model"
+                f"the ControlNet has {name} {ours}, but the UNet has {theirs}: it was made for another model"
             )

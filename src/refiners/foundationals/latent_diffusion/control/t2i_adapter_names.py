@@ -16,10 +16,10 @@ from refiners.foundationals.latent_diffusion.control.t2i_adapter_encoder import 
 )
 from refiners.foundationals.latent_diffusion.parts_folder import UNCHANGED
 from refiners.foundationals.latent_diffusion.unet_spec import UNetSpec
-from refiners.weights.files import read_safetensors, write_safetensors
+from refiners.weights.files import write_safetensors
 from refiners.weights.matching import match_all
 from refiners.weights.rules import Names, Target
-from refiners.weights.torch_files import is_torch_file, read_torch
+from refiners.weights.tensors import read_tensors
 
 RESIDUAL_BLOCK = Names({"Conv2d_1": "block1", "Conv2d_2": "block2"})
 
@@ -100,7 +100,7 @@ def _read(weights: Path | str | Mapping[str, Tensor]) -> tuple[Mapping[str, Tens
     path = Path(weights)
     if path.is_dir():
         path = path / "diffusion_pytorch_model.safetensors"
-    return (read_torch(path) if is_torch_file(path) else read_safetensors(path)), str(path)
+    return read_tensors(path), str(path)
 
 
 def _form_of(tensors: Mapping[str, Tensor]) -> Callable[[T2ISpec], Names]:

@@ -16,10 +16,9 @@ from refiners.foundationals.latent_diffusion.image_prompt.projection import (
     PerceiverResampler,
     ResamplerSpec,
 )
-from refiners.weights.files import read_safetensors
 from refiners.weights.formats import TEXT_FAMILIES
 from refiners.weights.matching import match_all
-from refiners.weights.torch_files import is_torch_file, read_torch
+from refiners.weights.tensors import read_tensors
 
 Weights = Path | str | Mapping[str, Tensor]
 
@@ -32,7 +31,7 @@ def read_ip_adapter(weights: Weights, text_dim: int) -> tuple[Mapping[str, Tenso
     if isinstance(weights, Mapping):
         tensors, where = weights, "the tensors of the IP-Adapter"
     else:
-        tensors, where = (read_torch(weights) if is_torch_file(weights) else read_safetensors(weights)), str(weights)
+        tensors, where = read_tensors(weights), str(weights)
     widths = {tensor.shape[-1] for name, tensor in tensors.items() if name.startswith("ip_adapter.") and tensor.ndim}
     if not widths or not any(name.startswith("image_proj.") for name in tensors):
         raise ValueError(f"{where}: this is no IP-Adapter, which has tensors 'image_proj.…' and 'ip_adapter.…'")
