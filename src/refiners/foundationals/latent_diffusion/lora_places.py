@@ -17,7 +17,7 @@ from refiners.foundationals.clip.text_encoder import CLIPTextEncoder, CLIPTextSp
 from refiners.foundationals.latent_diffusion import unet_names
 from refiners.foundationals.latent_diffusion.unet import UNet
 from refiners.foundationals.latent_diffusion.unet_spec import UNetSpec
-from refiners.weights.formats import TEXT_FAMILIES, Family
+from refiners.weights.formats import Family
 from refiners.weights.lora_keys import (
     CLIP_TEXT_ENCODER,
     UNET,
@@ -69,8 +69,7 @@ def find_layers(model: Patchable) -> dict[str, Layer]:
 
 def family_of(model: Patchable) -> Family | None:
     """Which LoRAs go onto a model; None for one of unusual sizes."""
-    spec = model.unet.spec
-    return Family.SDXL if spec.pooled_text_dim else TEXT_FAMILIES.get(spec.text_dim)
+    return model.unet.spec.family
 
 
 def _text_encoders(tree: Chain) -> Iterator[tuple[Component, str, CLIPTextEncoder]]:

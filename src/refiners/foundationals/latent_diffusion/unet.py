@@ -312,6 +312,18 @@ class UNet(fl.Chain):
         return super().__getstate__() | {"_step_listeners": None}
 
 
+class HasUNet(Protocol):
+    """A model with a UNet."""
+
+    @property
+    def unet(self) -> UNet: ...
+
+
+def unet_of(target: UNet | HasUNet) -> UNet:
+    """The UNet itself, or that of a model."""
+    return target if isinstance(target, UNet) else target.unet
+
+
 def _pop(values: list[Any]) -> Any:
     return values.pop()
 

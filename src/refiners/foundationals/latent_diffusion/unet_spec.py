@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from refiners.weights.formats import TEXT_FAMILIES, Family
+
 
 @dataclass(frozen=True)
 class UNetSpec:
@@ -51,6 +53,11 @@ class UNetSpec:
     def time_dim(self) -> int:
         """Width of the time embedding."""
         return 4 * self.channels[0]
+
+    @property
+    def family(self) -> Family | None:
+        """Which models it is one of; None for unusual sizes."""
+        return Family.SDXL if self.pooled_text_dim else TEXT_FAMILIES.get(self.text_dim)
 
     @property
     def conditions(self) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ moves with the tree all the same.
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol, Self, cast
+from typing import Self, cast
 
 import torch
 from PIL import Image
@@ -23,16 +23,9 @@ from refiners.fluxion.utils import images_to_tensor
 from refiners.foundationals.latent_diffusion.control.control_net import ControlNet
 from refiners.foundationals.latent_diffusion.control.control_net_weights import load_control_net
 from refiners.foundationals.latent_diffusion.model import resized
-from refiners.foundationals.latent_diffusion.unet import UNet
+from refiners.foundationals.latent_diffusion.unet import HasUNet, UNet, unet_of
 
 READ_CONTEXTS = ("diffusion", "cross_attention")  # those of the UNet that a ControlNet sees as well
-
-
-class HasUNet(Protocol):
-    """A model with a UNet."""
-
-    @property
-    def unet(self) -> UNet: ...
 
 
 class AddControl(fl.ContextModule):
@@ -75,7 +68,7 @@ class ControlNetAdapter(fl.ContextModule):
         end: float = 1.0,
     ) -> None:
         super().__init__()
-        unet = target if isinstance(target, UNet) else target.unet
+        unet = unet_of(target)
         if not isinstance(control_net, ControlNet):
             control_net = load_control_net(control_net, unet)
         _check_fits(control_net, unet)

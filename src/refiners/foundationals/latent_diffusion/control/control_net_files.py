@@ -17,10 +17,9 @@ from refiners.foundationals.latent_diffusion.hub import fetch_from_hub
 from refiners.foundationals.latent_diffusion.parts_folder import UNCHANGED
 from refiners.foundationals.latent_diffusion.pretrained import REPOSITORY, SINGLE_FILE_SUFFIXES, fetch_from
 from refiners.foundationals.latent_diffusion.unet import UNet
-from refiners.weights.files import read_safetensors
-from refiners.weights.formats import TEXT_FAMILIES, Content, Family, identify
+from refiners.weights.formats import Content, identify
 from refiners.weights.rules import Names
-from refiners.weights.torch_files import is_torch_file, read_torch
+from refiners.weights.tensors import read_tensors
 
 STEM = "diffusion_pytorch_model"  # what a folder's weights are called
 ORIGINAL_PREFIX = "control_model."
@@ -89,7 +88,7 @@ def read_control_net(where: Path | str) -> ControlNetFile:
     path = weights_path(where)
     config = path.with_name("config.json")
     is_configured = path.name.startswith(STEM) and config.is_file()
-    tensors = read_torch(path) if is_torch_file(path) else read_safetensors(path)
+    tensors = read_tensors(path)
     tensors = {name.removeprefix(ORIGINAL_PREFIX): tensor for name, tensor in tensors.items()}
     return ControlNetFile(path, tensors, _read_json(config) if is_configured else None)
 
@@ -100,11 +99,10 @@ def check_family(file: ControlNetFile, unet: UNet) -> None:
     if identity.content is not Content.CONTROLNET:
         raise ValueError(f"{file.path}: this is no ControlNet, but {identity}")
     spec = unet.spec
-    family = Family.SDXL if spec.pooled_text_dim else TEXT_FAMILIES.get(spec.text_dim)
-    if identity.family not in (None, family):
+    if identity.family not in (None, spec.family):
         raise ValueError(
             f"{file.path}: this is a {identity}, but the model reads text {spec.text_dim} wide"
-            f"{f', as {family}' if family else ''}: get one that was made for it"
+            f"{f', as {spec.family}' if spec.family else ''}: get one that was made for it"
         )
 
 

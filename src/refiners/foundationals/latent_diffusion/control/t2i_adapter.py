@@ -18,7 +18,6 @@ from refiners.adapters.scaling import Scaling
 from refiners.fluxion.context import Contexts
 from refiners.fluxion.layers.chain import Chain
 from refiners.fluxion.utils import images_to_tensor
-from refiners.foundationals.latent_diffusion.control.control_net_adapter import HasUNet
 from refiners.foundationals.latent_diffusion.control.t2i_adapter_encoder import (
     SD1_T2I,
     SDXL_T2I,
@@ -28,7 +27,7 @@ from refiners.foundationals.latent_diffusion.control.t2i_adapter_encoder import 
 )
 from refiners.foundationals.latent_diffusion.control.t2i_adapter_names import load_condition_encoder
 from refiners.foundationals.latent_diffusion.model import resized
-from refiners.foundationals.latent_diffusion.unet import DownBlocks, UNet
+from refiners.foundationals.latent_diffusion.unet import DownBlocks, HasUNet, UNet, unet_of
 
 CONTEXT = "t2i_adapter"
 
@@ -92,7 +91,7 @@ class T2IAdapter(fl.Chain, Adapter[DownBlocks]):
     ) -> None:
         if not 0 <= end <= 1:
             raise ValueError(f"end is {end}, but should be a share of the steps, from 0 to 1")
-        unet = target if isinstance(target, UNet) else target.unet
+        unet = unet_of(target)
         if condition_encoder is None and weights is not None:
             condition_encoder = load_condition_encoder(weights, None, unet.spec, unet.device, unet.dtype)
         self.name = name

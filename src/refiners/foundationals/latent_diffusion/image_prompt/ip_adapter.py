@@ -19,7 +19,6 @@ from refiners.adapters.adapter import Adapter
 from refiners.adapters.delta import Scale
 from refiners.fluxion.context import Contexts, placed
 from refiners.foundationals.clip.image_encoder import CLIPImageEncoder
-from refiners.foundationals.latent_diffusion.control.control_net_adapter import HasUNet
 from refiners.foundationals.latent_diffusion.image_prompt.attention import DecoupledAttention
 from refiners.foundationals.latent_diffusion.image_prompt.cross_attentions import CrossAttention, find_cross_attentions
 from refiners.foundationals.latent_diffusion.image_prompt.masks import masks_to_tensor
@@ -33,7 +32,7 @@ from refiners.foundationals.latent_diffusion.image_prompt.weights import (
 )
 from refiners.foundationals.latent_diffusion.lora_blocks import Blocks, block_factors
 from refiners.foundationals.latent_diffusion.loras import Schedule
-from refiners.foundationals.latent_diffusion.unet import UNet
+from refiners.foundationals.latent_diffusion.unet import HasUNet, UNet, unet_of
 from refiners.weights.files import write_safetensors
 
 
@@ -66,7 +65,7 @@ class IPAdapter(fl.Chain):
         fine_grained: bool = False,
         weights: Weights | None = None,
     ) -> None:
-        unet = target if isinstance(target, UNet) else target.unet
+        unet = unet_of(target)
         text_dim = unet.spec.text_dim
         self._target = [unet]  # in lists: no children
         self._clip_image_encoder = [clip_image_encoder]

@@ -11,9 +11,8 @@ import refiners.fluxion.layers as fl
 from refiners.adapters.delta import Scale
 from refiners.adapters.scaling import Scaling
 from refiners.fluxion.context import placed
-from refiners.foundationals.latent_diffusion.control.control_net_adapter import HasUNet
-from refiners.foundationals.latent_diffusion.steering.steering import Followed, Steering, unet_of
-from refiners.foundationals.latent_diffusion.unet import UNet, UpBlocks
+from refiners.foundationals.latent_diffusion.steering.steering import Followed, Steering
+from refiners.foundationals.latent_diffusion.unet import HasUNet, UNet, UpBlocks, unet_of
 
 
 class FreeUAdapter(Steering):

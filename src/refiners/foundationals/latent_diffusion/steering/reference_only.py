@@ -14,11 +14,10 @@ import refiners.fluxion.layers as fl
 from refiners.adapters.adapter import Adapter
 from refiners.adapters.scaling import Scaling
 from refiners.fluxion.context import Context, Contexts, placed
-from refiners.foundationals.latent_diffusion.control.control_net_adapter import HasUNet
 from refiners.foundationals.latent_diffusion.model import LatentDiffusionModel
 from refiners.foundationals.latent_diffusion.steering.self_attentions import self_attentions
-from refiners.foundationals.latent_diffusion.steering.steering import Steering, unet_of
-from refiners.foundationals.latent_diffusion.unet import UNet
+from refiners.foundationals.latent_diffusion.steering.steering import Steering
+from refiners.foundationals.latent_diffusion.unet import HasUNet, UNet, unet_of
 from refiners.solvers.solver import Generators, unit_noise
 
 CONTEXT = "reference_only"

@@ -7,13 +7,6 @@ from torch import nn
 
 import refiners.fluxion.layers as fl
 from refiners.adapters.adapter import Adapter
-from refiners.foundationals.latent_diffusion.control.control_net_adapter import HasUNet
-from refiners.foundationals.latent_diffusion.unet import UNet
-
-
-def unet_of(target: UNet | HasUNet) -> UNet:
-    """The UNet itself, or that of a model."""
-    return target if isinstance(target, UNet) else target.unet
 
 
 class Steering:

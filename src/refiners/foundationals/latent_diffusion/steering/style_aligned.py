@@ -7,10 +7,9 @@ import refiners.fluxion.layers as fl
 from refiners.adapters.delta import Scale
 from refiners.adapters.scaling import Scaling
 from refiners.fluxion.context import placed
-from refiners.foundationals.latent_diffusion.control.control_net_adapter import HasUNet
 from refiners.foundationals.latent_diffusion.steering.self_attentions import self_attentions
-from refiners.foundationals.latent_diffusion.steering.steering import Preceded, Steering, unet_of
-from refiners.foundationals.latent_diffusion.unet import UNet
+from refiners.foundationals.latent_diffusion.steering.steering import Preceded, Steering
+from refiners.foundationals.latent_diffusion.unet import HasUNet, UNet, unet_of
 
 
 class StyleAlignedAdapter(Steering):
