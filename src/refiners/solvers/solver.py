@@ -239,7 +239,7 @@ class Solver:
         """Start a new trajectory at the first step; else make sure that `step` and x continue the present one."""
         if step == self.first_inference_step:
             self._memory = ()
-        elif self.remembers and step != self._next_step:
+        elif self.remembers and not torch.compiler.is_compiling() and step != self._next_step:  # else a graph a step
             raise ValueError(
                 f"{type(self).__name__} remembers earlier steps, so step {self._next_step} should come now, but got "
                 f"{step}; restart at step {self.first_inference_step}, or rebuild with another first_inference_step"

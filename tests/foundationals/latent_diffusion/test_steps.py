@@ -42,15 +42,17 @@ def test_steps_leave_nothing_behind(solver: Solver) -> None:
 
 
 @pytest.mark.slow
-def test_a_whole_step_compiles_without_a_break_into_a_first_a_middle_and_a_last_one() -> None:
+@pytest.mark.parametrize("kind", [DDIM, DPMSolver])
+def test_a_whole_step_compiles_without_a_break_into_a_first_a_middle_and_a_last_one(kind: type[Solver]) -> None:
     """UNet, guidance and solver in one graph; the step is a number in it, however many there are."""
     from torch._dynamo.testing import CompileCounterWithBackend
 
-    model, counter = small_model(solver=DDIM(6)), CompileCounterWithBackend("eager")
+    torch.compiler.reset()
+    model, counter = small_model(solver=kind(10)), CompileCounterWithBackend("eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     text, x = torch.randn(2, 77, 32), torch.randn(SIZE)
     with torch.no_grad():
-        expected = take_steps(model, 6, x, text)
+        expected = take_steps(model, 10, x, text)
         for step in model.steps:
             x = compiled(x, step=step, clip_text_embedding=text)
     assert counter.frame_count <= 3
