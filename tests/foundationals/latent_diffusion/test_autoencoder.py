@@ -112,3 +112,11 @@ def test_images_go_in_and_come_out() -> None:
         autoencoder.decode_latents(torch.cat([latents, latents]))
     with pytest.raises(ValueError, match=r"11x8 .* multiples of 2"):
         autoencoder.encode_image(Image.new("RGB", (11, 8)))
+
+
+def test_names_of_the_last_refiners_do_the_same() -> None:
+    ours, _ = pair(SPECS["two levels"])
+    image, latents = Image.new("RGB", (16, 8), "teal"), torch.randn(1, 4, 4, 8)
+    with torch.no_grad():
+        assert torch.equal(ours.image_to_latents(image), ours.encode_image(image))
+        assert ours.latents_to_image(latents).tobytes() == ours.decode_latents(latents).tobytes()

@@ -197,3 +197,6 @@ class LatentDiffusionAutoencoder(fl.Chain):
     def latents_to_images(self, x: Float[Tensor, "b c h w"], tile_size: int | None = None) -> list[Image.Image]:
         """Latents to PIL images; `tile_size` as for `decode`."""
         return tensor_to_images((self.decode(x, tile_size) + 1) / 2)
+
+    image_to_latents = encode_image  # as in later versions of the first refiners, and so is the next
+    latents_to_image = decode_latents
