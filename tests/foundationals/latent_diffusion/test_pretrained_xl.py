@@ -17,6 +17,7 @@ from diffusers import (
 from diffusers.loaders import single_file_utils
 from diffusion_specimens import SPECS, small_model
 from safetensors.torch import load_file, save_file
+from test_hub import cached_repository, hub_that
 from test_pretrained import assert_same
 from torch import nn
 from transformers import CLIPTextModelWithProjection
@@ -124,16 +125,10 @@ def test_the_autoencoder_stays_in_float32_where_float16_is_too_narrow(model: Any
 
 
 def test_a_repository_of_the_hub_is_read_from_the_cache(
-    model: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+    model: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from huggingface_hub.errors import EntryNotFoundError
-
-    def download(repository: str, name: str, revision: str | None = None) -> str:
-        if not (folder / name).is_file():
-            raise EntryNotFoundError(name)
-        return str(folder / name)
-
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    cached_repository(folder, tmp_path)
+    hub_that(ConnectionError("offline"), monkeypatch, tmp_path)
     assert_same(StableDiffusion_XL.from_pretrained("someone/small"), model)
 
 
