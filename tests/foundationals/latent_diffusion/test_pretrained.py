@@ -209,6 +209,15 @@ def test_torch_files_shards_and_half_variants_are_found(folder: Path, model: Sta
     assert_same(load(folder), model)
 
 
+def test_shards_of_a_half_variant_are_found(folder: Path, model: StableDiffusion_1) -> None:
+    theirs = UNet2DConditionModel.from_pretrained(folder / "unet")
+    for file in (folder / "unet").glob("*.safetensors"):
+        file.unlink()
+    theirs.save_pretrained(folder / "unet", variant="fp16", max_shard_size="200KB")
+    assert len(list((folder / "unet").glob("*.fp16-*.safetensors"))) > 1
+    assert_same(load(folder), model)
+
+
 def test_a_folder_tells_its_prediction_and_schedule(folder: Path) -> None:
     path = folder / "scheduler/scheduler_config.json"
     config = json.loads(path.read_text()) | {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}

@@ -99,7 +99,7 @@ class DiffusersFolder:
         torch_stem = stem if part.stem != "model" else f"{part.theirs}/pytorch_model"
         for suffix in SUFFIXES:
             name = (stem if suffix.endswith(".safetensors") else torch_stem) + suffix
-            index = self._optional_json(f"{name}.index.json")
+            index = self._optional_json(_index_name(name))
             if index:
                 shards = sorted(set(cast("dict[str, str]", index["weight_map"]).values()))
                 paths = [self._required(f"{part.theirs}/{shard}") for shard in shards]
@@ -147,6 +147,12 @@ def write(folder: Path, spec: StableDiffusionSpec, tensors: Mapping[str, Tensor]
         path = folder / name
         path.parent.mkdir(exist_ok=True)
         path.write_text(text, encoding="utf-8")
+
+
+def _index_name(name: str) -> str:
+    """Of a file in shards; what tells the format comes behind: `model.safetensors.index.fp16.json`."""
+    plain = name.replace(".fp16.", ".")
+    return f"{plain}.index.json" if plain == name else f"{plain}.index.fp16.json"
 
 
 def _read(path: Path) -> dict[str, Tensor]:
