@@ -52,7 +52,7 @@ def test_drawings_and_gradients_equal_the_plain_computation() -> None:
     for name, parameter in ours.named_parameters():
         gradient = weights[str(AUTHORS_NAMES.to_theirs(name))].grad
         assert parameter.grad is not None and gradient is not None
-        assert torch.allclose(parameter.grad, gradient, rtol=1e-3, atol=1e-6), name
+        assert torch.allclose(parameter.grad, gradient, rtol=1e-4, atol=1e-6), name
 
 
 def test_a_file_of_the_authors_loads_whole_or_not_at_all(tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def test_gradients_of_every_weight_equal_diffusers_and_none_reach_a_frozen_unet(
     for key, parameter in theirs.named_parameters():
         found = gradients[str(names.to_ours(key))].grad
         assert found is not None and parameter.grad is not None
-        assert torch.allclose(found, parameter.grad, rtol=1e-3, atol=2e-5 * parameter.grad.abs().max().item()), key
+        assert torch.allclose(found, parameter.grad, rtol=1e-4, atol=2e-5 * parameter.grad.abs().max().item()), key
     assert all(parameter.grad is None for parameter in unet.parameters())
 
 
