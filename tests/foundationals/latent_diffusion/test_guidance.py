@@ -12,6 +12,7 @@ import refiners.fluxion.layers as fl
 from refiners.adapters import Adapter
 from refiners.foundationals.latent_diffusion import StableDiffusion_1
 from refiners.foundationals.latent_diffusion.guidance import Prediction
+from refiners.foundationals.latent_diffusion.participant import Participant
 from refiners.foundationals.latent_diffusion.unet import DownBlocks
 from refiners.solvers import DDIM
 
@@ -41,7 +42,7 @@ class Kept:
         return torch.full_like(prediction.x, self.added)
 
 
-class Listening(fl.Chain, Adapter[DownBlocks]):
+class Listening(fl.Chain, Participant, Adapter[DownBlocks]):
     """Keeps the steps that it was told of, and how many of each call were for negative prompts."""
 
     def __init__(self, target: DownBlocks) -> None:
@@ -117,29 +118,29 @@ def test_contexts_of_a_further_run_are_gone_after_it(model: StableDiffusion_1) -
     assert seen[0]["mine"] == {"is_here": True} and "mine" not in seen[1]
 
 
-# -- step listeners
+# -- participants
 
 
 @torch.no_grad()
 def test_modules_of_the_tree_are_told_of_each_step_while_they_are_in_it(model: StableDiffusion_1) -> None:
-    assert model.unet.step_listeners == ()
+    assert model.unet.participants == ()
     listening = Listening(model.unet.DownBlocks).inject()
-    assert model.unet.step_listeners == (listening,)
+    assert model.unet.participants == (listening,)
     for step in model.steps[1:3]:
         model.predict_noise(X, step, TEXT)
     model.predict_noise(X, 3, TEXT, condition_scale=1.0)
     listening.eject()
-    assert model.unet.step_listeners == ()
+    assert model.unet.participants == ()
     model.predict_noise(X, 4, TEXT)
     assert listening.steps == [(1, 5), (2, 5), (3, 5)]
     assert listening.negatives == [2, 2, 0]
 
 
-def test_copies_have_listeners_of_their_own(model: StableDiffusion_1) -> None:
+def test_copies_have_participants_of_their_own(model: StableDiffusion_1) -> None:
     listening = Listening(model.unet.DownBlocks).inject()
-    assert model.unet.step_listeners == (listening,)
+    assert model.unet.participants == (listening,)
     for unet in (model.unet.structural_copy(), copy.deepcopy(model.unet)):
-        assert unet.step_listeners == (unet.DownBlocks,) and unet.DownBlocks is not listening
+        assert unet.participants == (unet.DownBlocks,) and unet.DownBlocks is not listening
     listening.eject()
 
 

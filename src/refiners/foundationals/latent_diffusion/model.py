@@ -124,8 +124,8 @@ class LatentDiffusionModel(fl.Module, ABC):
         conditions: the others that the UNet asks for, each of batch 2 B or 2.
         """
         index, count = step - self.solver.first_inference_step, len(self.steps)
-        for listener in (*self._lora_schedules.values(), *self.unet.step_listeners):
-            listener.before_step(index, count)
+        for participant in (*self._lora_schedules.values(), *self.unet.participants):
+            participant.before_step(index, count)
         conditions = {"clip_text_embedding": clip_text_embedding, **conditions, **self.unet.adapter_conditions}
         conditions = {name: self._one_per_picture(x, condition, name) for name, condition in conditions.items()}
         reads_scale = "condition_scale" in self.spec.unet.conditions  # then the UNet was distilled to guide itself

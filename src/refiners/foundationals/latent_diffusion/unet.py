@@ -14,6 +14,7 @@ from torch import Tensor
 import refiners.fluxion.layers as fl
 from refiners.fluxion.context import Contexts, placed
 from refiners.fluxion.layers.flattening import keep_size, to_picture, to_sequence
+from refiners.foundationals.latent_diffusion.participant import Participant
 from refiners.foundationals.latent_diffusion.time_encoder import TimestepEncoder
 from refiners.foundationals.latent_diffusion.unet_spec import SD1_UNET, UNetSpec
 
@@ -209,14 +210,6 @@ class OutputBlock(fl.Chain):
         )
 
 
-class StepListener(Protocol):
-    """A module somewhere in a UNet, such as an adapter, that is told of each step before the UNet runs."""
-
-    def before_step(self, index: int, count: int) -> None:
-        """Get ready for the step of that number, 0 … count - 1."""
-        ...
-
-
 # Where in the contexts of a UNet its conditions are; `UNetSpec.conditions` tells which it has.
 # clip_text_embedding: (B, L, text_dim).  pooled_text_embedding: (B, pooled_text_dim), of the text as a whole.
 # time_ids: (B, num_time_ids).  condition_scale: (B,), of guidance.
@@ -231,7 +224,7 @@ CONDITIONS = {
 class UNet(fl.Chain):
     """Noise, velocity or clean latents (what it was trained for) from noisy latents, a time step and a text."""
 
-    _step_listeners: tuple[StepListener, ...] | None
+    _participants: tuple[Participant, ...] | None
 
     def __init__(
         self,
@@ -292,24 +285,22 @@ class UNet(fl.Chain):
 
     @property
     def adapter_conditions(self) -> dict[str, Tensor]:
-        """Conditions that adapters in this tree have, in the same halves as all others, by "context.key"."""
-        sources = (module for module in self.step_listeners if hasattr(type(module), "conditions"))
-        return {name: value for source in sources for name, value in cast(Any, source).conditions.items()}
+        """What adapters in this tree bring, in the same halves as all other conditions, by "context.key"."""
+        return {name: value for participant in self.participants for name, value in participant.conditions.items()}
 
     @property
-    def step_listeners(self) -> tuple[StepListener, ...]:
-        """The modules in this tree that are told of each step, in the order of the tree."""
-        if self._step_listeners is None:
-            found = (module for module in self.modules() if hasattr(type(module), "before_step"))
-            self.__dict__["_step_listeners"] = tuple(cast("Iterator[StepListener]", found))
-        return cast("tuple[StepListener, ...]", self._step_listeners)
+    def participants(self) -> tuple[Participant, ...]:
+        """The modules in this tree that take part in its calls, in the order of the tree."""
+        if self._participants is None:
+            self.__dict__["_participants"] = tuple(each for each in self.modules() if isinstance(each, Participant))
+        return cast("tuple[Participant, ...]", self._participants)
 
     def _refresh(self) -> None:
         super()._refresh()
-        self.__dict__["_step_listeners"] = None  # to be looked for, as the tree was edited
+        self.__dict__["_participants"] = None  # to be looked for, as the tree was edited
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_step_listeners": None}
+        return super().__getstate__() | {"_participants": None}
 
 
 class HasUNet(Protocol):

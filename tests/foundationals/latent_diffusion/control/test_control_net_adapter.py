@@ -129,8 +129,8 @@ def test_it_is_on_in_the_steps_in_which_it_is_on_in_diffusers_and_does_not_run_i
     runs: list[int] = []
     adapter.control_net.register_forward_hook(lambda *_: runs.append(index))
     for index in range(10):
-        for listener in unet.step_listeners:
-            listener.before_step(index, 10)
+        for participant in unet.participants:
+            participant.before_step(index, 10)
         predict(unet, *inputs(TINY))
     assert runs == [index for index in range(10) if not (index / 10 < start or (index + 1) / 10 > end)]
 

@@ -205,7 +205,7 @@ def test_it_is_off_after_its_share_of_the_steps() -> None:
     plain = predict(unet, *call)
     adapter = T2IAdapter(unet, end=0.5).inject()
     adapter.set_condition_features(random_features(SD1))
-    assert unet.step_listeners == (adapter,)
+    assert unet.participants == (adapter,)
     is_led: list[bool] = []
     for index in range(5):
         adapter.before_step(index, 5)

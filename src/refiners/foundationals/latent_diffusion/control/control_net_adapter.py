@@ -23,6 +23,7 @@ from refiners.fluxion.utils import images_to_tensor
 from refiners.foundationals.latent_diffusion.control.control_net import ControlNet
 from refiners.foundationals.latent_diffusion.control.control_net_weights import load_control_net
 from refiners.foundationals.latent_diffusion.model import resized
+from refiners.foundationals.latent_diffusion.participant import Participant
 from refiners.foundationals.latent_diffusion.unet import HasUNet, UNet, unet_of
 
 READ_CONTEXTS = ("diffusion", "cross_attention")  # those of the UNet that a ControlNet sees as well
@@ -42,7 +43,7 @@ class AddControl(fl.ContextModule):
         return x + addition
 
 
-class ControlNetAdapter(fl.ContextModule):
+class ControlNetAdapter(fl.ContextModule, Participant):
     """Leads a UNet by a picture. Several add up, in any order.
 
     target: a UNet, or a model with one.

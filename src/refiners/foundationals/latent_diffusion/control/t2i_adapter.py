@@ -27,6 +27,7 @@ from refiners.foundationals.latent_diffusion.control.t2i_adapter_encoder import 
 )
 from refiners.foundationals.latent_diffusion.control.t2i_adapter_names import load_condition_encoder
 from refiners.foundationals.latent_diffusion.model import resized
+from refiners.foundationals.latent_diffusion.participant import Participant
 from refiners.foundationals.latent_diffusion.unet import DownBlocks, HasUNet, UNet, unet_of
 
 CONTEXT = "t2i_adapter"
@@ -68,7 +69,7 @@ class LevelFeatures(fl.ContextModule):
         return repr(self.key)
 
 
-class T2IAdapter(fl.Chain, Adapter[DownBlocks]):
+class T2IAdapter(fl.Chain, Participant, Adapter[DownBlocks]):
     """Leads a UNet by what a condition encoder makes of a picture. Several add up.
 
     target: a UNet, or a model with one.

@@ -32,11 +32,12 @@ from refiners.foundationals.latent_diffusion.image_prompt.weights import (
 )
 from refiners.foundationals.latent_diffusion.lora_blocks import Blocks, block_factors
 from refiners.foundationals.latent_diffusion.loras import Schedule
+from refiners.foundationals.latent_diffusion.participant import Participant
 from refiners.foundationals.latent_diffusion.unet import HasUNet, UNet, unet_of
 from refiners.weights.files import write_safetensors
 
 
-class IPAdapter(fl.Chain):
+class IPAdapter(fl.Chain, Participant):
     """Lets a UNet read pictures. Injected, it is a child of the UNet, and adds an attention to each one over the text.
 
     target: a UNet, or a model with one.

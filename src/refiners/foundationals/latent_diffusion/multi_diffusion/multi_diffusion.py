@@ -4,9 +4,9 @@ At each step the UNet predicts for each window, and where windows overlap the me
 linear in the prediction, that is the same as the mean of the windows' steps, which the paper has.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Self, cast
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -14,7 +14,6 @@ from torch import Tensor
 from refiners.fluxion.context import Context
 from refiners.foundationals.latent_diffusion.model import LatentDiffusionModel
 from refiners.foundationals.latent_diffusion.multi_diffusion.windows import Window, Windows
-from refiners.foundationals.latent_diffusion.unet import UNet
 from refiners.foundationals.latent_diffusion.unet_call import UNetCall
 
 
@@ -88,7 +87,8 @@ class MultiDiffusion:
         height, width = call.x.shape[2:]
         windows, count = self.windows((height, width)), self.window_batch_size
         places = list(windows)
-        spatial = dict(_spatial_conditions(self.model.unet))
+        participants = self.model.unet.participants
+        spatial = {name: value for each in participants for name, value in each.spatial_conditions.items()}
         parts: list[tuple[Window, Tensor]] = []
         for some in (places[start : start + count] for start in range(0, len(places), count)):
             predicted = self._part(call, windows, some, spatial).run(self.model.unet)
@@ -112,13 +112,6 @@ class MultiDiffusion:
             contexts.setdefault(context, {})[key] = crops(condition)
         conditions = {name: _stacked([value] * len(some), negatives) for name, value in call.conditions.items()}
         return replace(call, x=crops(call.x), conditions=conditions, contexts=contexts)
-
-
-def _spatial_conditions(unet: UNet) -> Iterator[tuple[str, Tensor]]:
-    """What step listeners in a tree have that covers the picture: (P, C, H, W) by "context.key", P a divisor of B."""
-    for listener in unet.step_listeners:
-        if hasattr(type(listener), "spatial_conditions"):
-            yield from cast(Any, listener).spatial_conditions.items()
 
 
 def _negatives(call: UNetCall) -> int:

@@ -18,6 +18,7 @@ from refiners.fluxion.context import Contexts
 from refiners.fluxion.utils import image_to_tensor
 from refiners.foundationals.latent_diffusion.image_prompt.cross_attentions import find_cross_attentions
 from refiners.foundationals.latent_diffusion.model import LatentDiffusionModel
+from refiners.foundationals.latent_diffusion.participant import Participant
 from refiners.foundationals.latent_diffusion.unet import UNet
 
 CONTEXT = "regional_prompts"
@@ -48,7 +49,7 @@ class Region:
         return (_share_inside(top, bottom, height)[:, None] * _share_inside(left, right, width))[None]
 
 
-class RegionalPrompts(fl.Chain):
+class RegionalPrompts(fl.Chain, Participant):
     """Lets regions of the picture have prompts of their own; that of the picture counts elsewhere.
 
         regions = RegionalPrompts(sd15, [Region("a cat", left_half), Region("a dog", (0.5, 0, 1, 1))]).inject()
@@ -101,9 +102,6 @@ class RegionalPrompts(fl.Chain):
                 attention.eject()
             unet.remove(self)
         self._target = [unet]
-
-    def before_step(self, index: int, count: int) -> None:
-        """Nothing depends on the step."""
 
     @property
     def conditions(self) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from refiners.adapters.adapter import Adapter
 from refiners.adapters.scaling import Scaling
 from refiners.fluxion.context import Context, Contexts, placed
 from refiners.foundationals.latent_diffusion.model import LatentDiffusionModel
+from refiners.foundationals.latent_diffusion.participant import Participant
 from refiners.foundationals.latent_diffusion.steering.self_attentions import self_attentions
 from refiners.foundationals.latent_diffusion.steering.steering import Steering
 from refiners.foundationals.latent_diffusion.unet import HasUNet, UNet, unet_of
@@ -80,7 +81,7 @@ class ReferenceOnlyControlAdapter(Steering):
             self.unet.remove(self._run)
 
 
-class ReferenceRun(fl.Chain):
+class ReferenceRun(fl.Chain, Participant):
     """Runs what comes after it on the reference, with the conditions of this call, and returns its own input."""
 
     def __init__(self) -> None:
