@@ -87,9 +87,10 @@ class Rotation(RankedDelta, PartsDelta):
         if self.run is None:
             return (blocks @ _split(columns, *blocks.shape[:2])).flatten(-3, -2)
         count = distance * self.rank // (2 * self.run)
-        mixed = _split(columns, -1, 2, count, self.run).transpose(-4, -3).flatten(-5, -2)
+        spans = columns.shape[-2] // (2 * count * self.run)
+        mixed = _split(columns, spans, 2, count, self.run).transpose(-4, -3).flatten(-5, -2)
         turned = (blocks @ _split(mixed, *blocks.shape[:2])).flatten(-3, -2)
-        return _split(turned, -1, count, 2, self.run).transpose(-4, -3).flatten(-5, -2)
+        return _split(turned, spans, count, 2, self.run).transpose(-4, -3).flatten(-5, -2)
 
     def _scaled_outputs(self, columns: Tensor, moved: Tensor) -> Tensor:
         """The change with the scales of outputs, (..., out, vectors), where the turns change `columns` by `moved`."""

@@ -1,11 +1,11 @@
-"""DoRAs, (IA)^3, OFTs, BOFTs and GLoRAs keep what every weight update promises."""
+"""What every kind of weight update promises, in every form and every way to run."""
 
 from typing import Any
 
 import pytest
 import torch
-from delta_specimens import BATCH, LAYERS, OTHER_LAYERS, assert_close, gradients, with_deltas, with_values
-from dependent_specimens import FORMS, made, start_of, trained, updated
+from delta_forms import FORMS, layer_and_input, made, start_of, trained, updated
+from delta_specimens import ALL_LAYERS, BATCH, assert_close, gradients, with_deltas, with_values
 from torch import Tensor
 
 import refiners.fluxion.layers as fl
@@ -14,15 +14,8 @@ from refiners.adapters.delta import RankedDelta
 from refiners.adapters.deltas import kind_of_parts, make_delta
 from refiners.adapters.dora import Dora
 
-ALL_LAYERS = LAYERS | OTHER_LAYERS
 each_form = pytest.mark.parametrize("form", FORMS)
 each_kind = pytest.mark.parametrize("kind", ["linear", "conv 1x1", "conv 3x3"])
-
-
-def layer_and_input(kind: str) -> tuple[Any, Tensor]:
-    torch.manual_seed(0)
-    make, shape = ALL_LAYERS[kind]
-    return make(), torch.randn(shape)
 
 
 def remade(layer: Any, delta: Delta, parts: dict[str, Tensor]) -> Delta:
@@ -73,6 +66,18 @@ def test_each_sample_may_have_its_own_scale(form: str, kind: str) -> None:
     for index in range(BATCH):
         delta.scale = (0.0, 0.5, 1.0)[index % 3]
         assert_close(together[index], chain(x)[index])
+
+
+@each_form
+@each_kind
+def test_parts_may_lie_in_memory_in_any_order_and_a_batch_may_be_empty(form: str, kind: str) -> None:
+    layer, x = layer_and_input(kind)
+    delta = made(form, layer)
+    parts = {part: tensor.mT.contiguous().mT if tensor.ndim > 1 else tensor for part, tensor in delta.parts().items()}
+    chain = with_deltas(layer, remade(layer, delta, parts))
+    expected = updated(layer, x, delta)
+    assert_close(chain(x), expected)
+    assert chain(x[:0]).shape == expected[:0].shape
 
 
 @each_form
