@@ -102,6 +102,27 @@ def test_pop_takes_out_and_returns(index: int) -> None:
     assert list(chain) == list(chain._plan) == expected
 
 
+@pytest.mark.parametrize("name", ["Linear", "Linear_1", "Linear_2", "ReLU"])
+def test_pop_takes_a_name_as_indexing_does(name: str) -> None:
+    shared = fl.Linear(4, 4)
+    chain = fl.Chain(shared, fl.ReLU(), shared) if name.startswith("Linear_") else fl.Chain(shared, fl.ReLU())
+    expected = {slot: child for slot, child in chain._modules.items() if slot != name}
+    child = chain[name]
+    assert chain.pop(name) is child
+    assert chain._modules == expected
+
+
+def test_pop_takes_the_name_of_a_class_and_refuses_other_keys() -> None:
+    chain = fl.Chain(fl.Linear(4, 4), fl.LayerNorm(4), fl.Linear(4, 4))
+    chain.replace(chain.LayerNorm, fl.ReLU())  # in the slot LayerNorm
+    assert isinstance(chain.pop("ReLU"), fl.ReLU)
+    with pytest.raises(KeyError, match="no child 'GeLU'"):
+        chain.pop("GeLU")
+    with pytest.raises(TypeError, match="pop takes one child, by its index or name"):
+        chain.pop(slice(0, 1))  # pyright: ignore[reportArgumentType]
+    assert len(chain) == 2
+
+
 def test_pop_takes_the_last_and_refuses_what_is_not_there() -> None:
     chain = linears(2)
     first, last = chain

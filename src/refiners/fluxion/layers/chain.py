@@ -313,10 +313,17 @@ class Chain(ContextModule, Searchable):
         """Put `new_module` after the first child of a class. Raises ValueError if there is none."""
         self.insert(self._index_of_type(module_type) + 1, new_module)
 
-    def pop(self, index: int = -1) -> Any:
-        """Take the child at `index` out of the chain and return it. Raises IndexError if there is none."""
-        module = self[index]
-        slot = list(self._modules)[index]
+    def pop(self, key: int | str = -1) -> Any:
+        """Take the child at an index, or of a name, out of the chain and return it.
+
+        Raises IndexError or KeyError if there is none, TypeError for several, by a slice.
+        """
+        if not isinstance(key, int | str):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"pop takes one child, by its index or name, not {key!r}")
+        module = self[key]
+        slot = list(self._modules)[key] if isinstance(key, int) else key
+        if slot not in self._modules:  # the name of a class
+            slot = self.slot_of(module)
         self._set_children({name: child for name, child in self._modules.items() if name != slot})
         return module
 
