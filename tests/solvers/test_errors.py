@@ -110,3 +110,35 @@ def test_unknown_name_raises_with_all_names() -> None:
 def test_every_solver_has_its_class_name_and_a_plain_name() -> None:
     for name, kind in SOLVERS.items():
         assert solver_by_name(name) is solver_by_name(kind.__name__) is solver_by_name(name.replace("-", "_")) is kind
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: DDIM("30"), "num_inference_steps should be a whole number, but it is the str '30'"),
+        (lambda: DDIM(30, 1.5), r"first_inference_step should be a whole number, but it is the float 1\.5"),
+        (lambda: DDIM(30, params={"ends_clean": False}), "params is the dict {'ends_clean': False}: give SolverParams"),
+        (lambda: DDIM(30, dtype="float32"), "dtype is the str 'float32': give one, such as"),
+        (lambda: DDIM(30).rebuild("3"), "num_inference_steps should be a whole number"),
+        (lambda: LCM(4, num_original_steps=50.0), r"num_original_steps should be a whole number, .* 50\.0"),
+        (lambda: SolverParams(num_train_timesteps="1000"), "num_train_timesteps should be a whole number"),
+        (lambda: SolverParams(timesteps_offset=0.5), "timesteps_offset should be a whole number"),
+        (lambda: SolverParams(final_diffusion_rate="x"), "final_diffusion_rate should be a number, but it is the str"),
+        (lambda: SolverParams(sde_variance="x"), "sde_variance should be a number, but it is the str 'x'"),
+        (lambda: SolverParams(custom_timesteps=5), "custom_timesteps is the int 5: give a list or tuple"),
+        (lambda: SolverParams(custom_timesteps=(9.5, 3)), r"each of custom_timesteps should be a whole .* float 9\.5"),
+        (lambda: DDIM(5)("x", noise(), 0), "DDIM: x is the str 'x': give a tensor"),
+        (lambda: DDIM(5)(noise(), None, 0), "DDIM: the noise is None: give a tensor"),
+        (lambda: DDIM(5)(noise(), noise(), 0.0), r"a step of DDIM is an int, as in inference_steps, .* float 0\.0"),
+        (
+            lambda: DDIM(5).add_noise(noise(), noise(), torch.tensor([0, 1])),
+            "a step .* but this is a Tensor",
+        ),
+        (lambda: DDIM(5).add_noise(noise(), noise(), [0, 1.0]), r"a step of DDIM is an int, .* the float 1\.0"),
+        (lambda: DDPM(5)(noise(), noise(), 0, 3), "the generator is the int 3: give one, such as torch"),
+        (lambda: solver_by_name(None), "the name of a solver is None: give one of ddim, ddpm"),
+    ],
+)
+def test_what_is_of_a_wrong_type_is_named(call: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        call()

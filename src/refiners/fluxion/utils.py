@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
+from refiners.fluxion.checks import picture
 from refiners.weights.files import (
     read_metadata,
     read_safetensors,
@@ -70,9 +71,10 @@ def image_to_tensor(
     """Turn a picture into a tensor in [0, 1], float32 unless `dtype` says otherwise.
 
     L gives 1 channel, LA 2, RGB 3, RGBA 4. Mode 1 is read as L; P and PA as RGB, or as RGBA if they have transparency.
-    Raises ValueError for other modes, and for a dtype that is not floating point.
+    Raises ValueError for other modes, and for a dtype that is not floating point; TypeError for what is no picture.
     """
     dtype = dtype or torch.float32
+    picture(image)
     if not dtype.is_floating_point:
         raise ValueError(f"a picture in [0, 1] cannot be {dtype}; use a floating point dtype")
     pixels = torch.as_tensor(np.array(_with_plain_mode(image), dtype=np.uint8))

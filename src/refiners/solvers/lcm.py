@@ -6,6 +6,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 
+from refiners.fluxion.checks import whole_number
 from refiners.solvers.grid import choose_timesteps
 from refiners.solvers.params import SolverParams
 from refiners.solvers.schedule import Array
@@ -34,7 +35,7 @@ class LCM(Solver):
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.num_original_steps = num_original_steps
+        self.num_original_steps = whole_number(num_original_steps, "num_original_steps")
         super().__init__(num_inference_steps, first_inference_step, params=params, device=device, dtype=dtype)
 
     def _choose_timesteps(self, count: int) -> Array:

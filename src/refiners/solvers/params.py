@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from itertools import pairwise
 
+from refiners.fluxion.checks import instance_of, real_number, whole_number
+
 
 class Choice(StrEnum):
     """An enum whose values are the spellings of diffusers' scheduler_config.json, and whose errors list them."""
@@ -90,17 +92,18 @@ class SolverParams:
             SigmaSchedule(self.sigma_schedule)
 
     def _check_numbers(self) -> None:
-        if self.num_train_timesteps < 1:
+        if whole_number(self.num_train_timesteps, "num_train_timesteps") < 1:
             raise ValueError(f"num_train_timesteps should be at least 1, but it is {self.num_train_timesteps}")
-        initial, final = self.initial_diffusion_rate, self.final_diffusion_rate
+        initial = real_number(self.initial_diffusion_rate, "initial_diffusion_rate")
+        final = real_number(self.final_diffusion_rate, "final_diffusion_rate")
         if not 0 < initial <= final < 1:
             raise ValueError(
                 f"diffusion rates should rise within (0, 1), but initial_diffusion_rate is {initial} and "
                 f"final_diffusion_rate is {final}"
             )
-        if self.timesteps_offset is not None and self.timesteps_offset < 0:
+        if self.timesteps_offset is not None and whole_number(self.timesteps_offset, "timesteps_offset") < 0:
             raise ValueError(f"timesteps_offset should not be negative, but it is {self.timesteps_offset}")
-        if self.sde_variance is not None and not 0 <= self.sde_variance <= 1:
+        if self.sde_variance is not None and not 0 <= real_number(self.sde_variance, "sde_variance") <= 1:
             raise ValueError(f"sde_variance should be from 0 (an ODE) to 1 (an SDE), but it is {self.sde_variance}")
 
     def _check_custom_timesteps(self) -> None:
@@ -110,7 +113,8 @@ class SolverParams:
             raise ValueError(
                 f"custom_timesteps and sigma_schedule={self.sigma_schedule} both set the noise levels; give one"
             )
-        steps = list(self.custom_timesteps)
+        instance_of(self.custom_timesteps, Sequence, "custom_timesteps", "a list or tuple of timesteps")
+        steps = [whole_number(step, "each of custom_timesteps") for step in self.custom_timesteps]
         if steps and not (self.num_train_timesteps > steps[0] and steps[-1] >= 0):
             raise ValueError(
                 f"custom_timesteps should lie in 0 … {self.num_train_timesteps - 1}, but they go from {steps[0]} to "

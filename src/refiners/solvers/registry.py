@@ -1,5 +1,6 @@
 """Solvers by name, for command lines and configuration files."""
 
+from refiners.fluxion.checks import instance_of
 from refiners.solvers.ddim import DDIM, DDPM
 from refiners.solvers.dpm import DPMSolver
 from refiners.solvers.euler import Euler, EulerAncestral
@@ -28,6 +29,7 @@ def solver_by_name(name: str) -> type[Solver]:
     >>> solver_by_name("euler-ancestral") is solver_by_name("EulerAncestral")
     True
     """
+    instance_of(name, str, "the name of a solver", f"one of {', '.join(SOLVERS)}")
     for known, solver in SOLVERS.items():
         if _plain(known) == _plain(name):
             return solver

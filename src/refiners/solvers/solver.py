@@ -12,6 +12,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+from refiners.fluxion.checks import described, instance_of, whole_number
 from refiners.solvers.grid import BY_TIMESTEP, Convention, choose_timesteps, lay_grid
 from refiners.solvers.levels import Level, clean_weights, first_order_weights
 from refiners.solvers.params import ModelPredictionType, SolverParams, TimestepSpacing
@@ -56,9 +57,9 @@ class Solver:
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.params = params or SolverParams()
+        self.params = instance_of(SolverParams() if params is None else params, SolverParams, "params", "SolverParams")
         self.device = torch.device(device or "cpu")
-        self.dtype = dtype
+        self.dtype = instance_of(dtype, torch.dtype, "dtype", "one, such as torch.float32")
         self.spacing = self.params.timesteps_spacing or self.default_spacing
         self.sde_variance = self._choose_sde_variance()
         self._lay(num_inference_steps, first_inference_step)
@@ -99,7 +100,7 @@ class Solver:
 
     def scale_model_input(self, x: Tensor, step: int) -> Tensor:
         """Bring x to the unit variance that models are trained with. Raises IndexError if there is no such step."""
-        self._check_step(step)
+        self.check_step(step)
         return x if self.has_unit_variance else self._weigh_at(self._input_weights, [x], step)
 
     def predict_clean(self, x: Tensor, predicted_noise: Tensor, step: int) -> Tensor:
@@ -134,6 +135,18 @@ class Solver:
         self.dtype = dtype or self.dtype
         self.timesteps = self.timesteps.to(self.device)
         return self
+
+    def check_step(self, step: int | Sequence[int]) -> None:
+        """Raise IndexError if there is no such step, or one of several, and TypeError for what is no whole number."""
+        for one in step if isinstance(step, Sequence) else [step]:
+            if not isinstance(one, int):  # pyright: ignore[reportUnnecessaryIsInstance]
+                raise TypeError(
+                    f"a step of {type(self).__name__} is an int, as in inference_steps, but this is {described(one)}"
+                )
+            if not 0 <= one < len(self.levels) - 1:
+                raise IndexError(
+                    f"{type(self).__name__} has no step {one}, only 0 … {len(self.levels) - 2}; use inference_steps"
+                )
 
     # -- what a kind of solver decides
 
@@ -173,6 +186,7 @@ class Solver:
         return asked
 
     def _lay(self, count: int, left_out: int) -> None:
+        count, left_out = whole_number(count, "num_inference_steps"), whole_number(left_out, "first_inference_step")
         train_count = self.params.num_train_timesteps
         if not 1 <= count <= train_count:
             raise ValueError(f"num_inference_steps should be from 1 to {train_count}, but it is {count}")
@@ -212,7 +226,9 @@ class Solver:
     # -- checks
 
     def _check(self, x: Tensor, other: Tensor, step: int | Sequence[int]) -> None:
-        self._check_step(step)
+        self.check_step(step)
+        for name, tensor in (("x", x), ("the noise", other)):
+            instance_of(tensor, Tensor, f"{type(self).__name__}: {name}", "a tensor")
         if x.shape != other.shape:
             raise ValueError(
                 f"{type(self).__name__}: x has shape {tuple(x.shape)}, but the noise has {tuple(other.shape)}; "
@@ -227,13 +243,6 @@ class Solver:
                 f"{type(self).__name__}: {len(step)} steps were given for a batch of {x.shape[0]}; give one for each "
                 "sample, or a single number"
             )
-
-    def _check_step(self, step: int | Sequence[int]) -> None:
-        for one in [step] if isinstance(step, int) else step:
-            if not 0 <= one < len(self.levels) - 1:
-                raise IndexError(
-                    f"{type(self).__name__} has no step {one}, only 0 … {len(self.levels) - 2}; use inference_steps"
-                )
 
     def _follow(self, x: Tensor, step: int) -> None:
         """Start a new trajectory at the first step; else make sure that `step` and x continue the present one."""
@@ -293,5 +302,7 @@ def unit_noise(like: Tensor, generator: Generators) -> Tensor:
         if len(generator) != like.shape[0]:
             raise ValueError(f"{len(generator)} generators for a batch of {like.shape[0]}: give one for each sample")
         return torch.cat([unit_noise(like[i : i + 1], each) for i, each in enumerate(generator)])
+    if generator is not None:
+        instance_of(generator, torch.Generator, "the generator", "one, such as torch.Generator().manual_seed(0)")
     device = like.device if generator is None else generator.device
     return torch.randn(like.shape, generator=generator, device=device, dtype=torch.float32).to(like)

@@ -94,8 +94,11 @@ def test_a_mask_of_another_size_than_the_picture_is_refused(cls: type[StableDiff
 def test_picture_and_mask_are_resized_together() -> None:
     model = small_model()
     noise = torch.randn(1, 4, 8, 8)
-    keep = model.prepare_mask(picture((128, 96)), drawn_mask((128, 96)), (64, 64), noise)
     small = drawn_mask((128, 96)).resize((64, 64), Image.Resampling.NEAREST)
-    expected = model.prepare_mask(picture((128, 96)).resize((64, 64), Image.Resampling.LANCZOS), small, (64, 64), noise)
+    small_picture = picture((128, 96)).resize((64, 64), Image.Resampling.LANCZOS)
     x = torch.randn(1, 4, 8, 8)
-    assert torch.equal(keep(x, model.steps[-1]), expected(x, model.steps[-1]))
+    with (
+        model.filling_in(picture((128, 96)), drawn_mask((128, 96)), (64, 64), noise) as keep,
+        model.filling_in(small_picture, small, (64, 64), noise) as expected,
+    ):
+        assert torch.equal(keep(x, model.steps[-1]), expected(x, model.steps[-1]))

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 import refiners.fluxion.layers as fl
+from refiners.fluxion.checks import list_of_texts
 from refiners.foundationals.clip.text_encoder import CLIPTextEncoder, TokenEncoder
 from refiners.foundationals.clip.tokenizer import CLIPTokenizer
 
@@ -121,7 +122,7 @@ def encode_pooled_prompt(
 
 
 def _encode(encoder: fl.Chain, prompt: str | Sequence[str], comma_reach: int) -> tuple[Tensor, Tensor | None]:
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    prompts = list_of_texts(prompt, "the prompt")
     if not prompts:
         raise ValueError("there is no prompt to encode: give at least one, which may be empty")
     single_encoders = list(encoder.layers(CLIPTextEncoder)) or [encoder]

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 import refiners.fluxion.layers as fl
+from refiners.fluxion.checks import picture
 from refiners.fluxion.context import placed
 from refiners.fluxion.utils import image_to_tensor, tensor_to_images
 from refiners.foundationals.latent_diffusion.tiles import run_in_tiles
@@ -183,7 +184,7 @@ class LatentDiffusionAutoencoder(fl.Chain):
 
     def encode_image(self, image: Image.Image, tile_size: int | None = None) -> Float[Tensor, "1 c h w"]:
         """A PIL image to latents; `tile_size` as for `encode`."""
-        pixels = image_to_tensor(image.convert("RGB"), device=self.device, dtype=self.dtype)
+        pixels = image_to_tensor(picture(image).convert("RGB"), device=self.device, dtype=self.dtype)
         return self.encode(pixels * 2 - 1, tile_size=tile_size)
 
     def decode_latents(self, x: Float[Tensor, "b c h w"]) -> Image.Image:

@@ -1,7 +1,7 @@
 """Pictures from prompts in one call: latents, steps, mask, progress and decoding around a latent diffusion model."""
 
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +9,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from refiners.fluxion.checks import described, instance_of, list_of_texts, picture, real_number, whole_number
 from refiners.foundationals.latent_diffusion.model import LatentDiffusionModel
+from refiners.foundationals.latent_diffusion.tiles import tile_side
 from refiners.solvers import Solver, solver_by_name
 from refiners.solvers.solver import unit_noise
 
@@ -71,23 +73,26 @@ class TextToImage(LatentDiffusionModel):
         tile_size: side in pixels of the tiles in which pictures are encoded and decoded, to save memory; None for
             whole.
         on_step: called after each step; no more steps are taken once it returns False.
-        Raises ValueError for what does not fit the model, GenerationCancelled if `on_step` returned False.
+        Raises ValueError for what does not fit the model and TypeError for what is of a wrong type, both before the
+        first step; GenerationCancelled if `on_step` returned False.
         """
-        rows = _rows(prompt, negative_prompt or "", seed)
-        _check_pictures(init_image, strength, mask)
-        size = size or self.size_for(init_image)
-        self.latents_size(size)
+        rows = _rows(prompt, "" if negative_prompt is None else negative_prompt, seed)
         scale = self.spec.condition_scale if condition_scale is None else condition_scale
+        self._check(init_image, strength, mask, scale, tile_size, on_step)
+        size = self.size_for(init_image) if size is None else size
+        latents_size = self.latents_size(size)
         before = self.solver
         self.solver = self._solver_for(solver, num_inference_steps, 1.0 if init_image is None else strength)
         try:
             prompts, negatives, seeds = zip(*rows, strict=True)
             generators = [torch.Generator().manual_seed(each) for each in seeds]
             conditions = self.compute_conditions(prompts, None if negative_prompt is None else negatives, size)
-            noise = unit_noise(self._like(len(rows), self.latents_size(size)), generators)
+            noise = unit_noise(self._like(len(rows), latents_size), generators)
             x = self.init_latents(size, None if strength == 1 else init_image, noise, tile_size=tile_size)
-            after_step = self.prepare_mask(init_image, mask, size, noise) if init_image and mask else None
-            with _progress(len(self.steps), show_progress) as advance:
+            with (
+                self.filling_in(init_image, mask, size, noise) if init_image and mask else nullcontext() as after_step,
+                _progress(len(self.steps), show_progress) as advance,
+            ):
                 for number, step in enumerate(self.steps, start=1):
                     predicted = self.predict_noise(x, step, condition_scale=scale, **conditions)
                     clean = self.solver.predict_clean(x, predicted, step) if on_step else x
@@ -108,10 +113,42 @@ class TextToImage(LatentDiffusionModel):
         return max(image.height // factor, 1) * factor, max(image.width // factor, 1) * factor
 
     def _solver_for(self, solver: Solver | str | None, num_inference_steps: int | None, strength: float) -> Solver:
-        count = self.solver.num_inference_steps if num_inference_steps is None else num_inference_steps
+        count = self.solver.num_inference_steps
+        if num_inference_steps is not None:
+            count = whole_number(num_inference_steps, "num_inference_steps")
         if isinstance(solver, str):
             return solver_by_name(solver)(count, _left_out(count, strength), params=self.spec.solver_params)
-        return (solver or self.solver).rebuild(count, first_inference_step=_left_out(count, strength))
+        solver = self.solver if solver is None else instance_of(solver, Solver, "the solver", "one, or its name")
+        return solver.rebuild(count, first_inference_step=_left_out(count, strength))
+
+    def _check(
+        self,
+        init_image: Image.Image | None,
+        strength: float,
+        mask: Image.Image | None,
+        scale: float,
+        tile_size: int | None,
+        on_step: Any,
+    ) -> None:
+        for name, image in (("init_image", init_image), ("the mask", mask)):
+            if image is not None:
+                picture(image, name)
+        real_number(scale, "condition_scale")
+        if tile_size is not None:
+            tile_side(tile_size, self.lda.spec.downsampling_factor)
+        if on_step is not None and not callable(on_step):
+            raise TypeError(f"on_step is {described(on_step)}: give a function that takes a StepReport")
+        if not 0 < real_number(strength, "strength") <= 1:
+            raise ValueError(
+                f"strength is {strength}, but should be above 0 (the picture as it is) and at most 1 (all new)"
+            )
+        if mask is not None and init_image is None:
+            raise ValueError("a mask says what to keep of init_image, but there is none: give both")
+        if self.spec.is_inpainting and mask is None:
+            raise ValueError(
+                f"{type(self).__name__} fills in a part of a picture: give init_image, and a mask that is white where "
+                "to fill in, all over for a picture that is all new"
+            )
 
 
 def _left_out(count: int, strength: float) -> int:
@@ -122,9 +159,8 @@ def _rows(
     prompt: str | Sequence[str], negative_prompt: str | Sequence[str], seed: int | Sequence[int]
 ) -> list[tuple[str, str, int]]:
     """Prompt, negative prompt and seed of each picture."""
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    negatives = [negative_prompt] if isinstance(negative_prompt, str) else list(negative_prompt)
-    seeds = [seed] if isinstance(seed, int) else list(seed)
+    prompts, negatives = list_of_texts(prompt, "the prompt"), list_of_texts(negative_prompt, "the negative prompt")
+    seeds = [_checked_seed(each) for each in (seed if isinstance(seed, Sequence) else [seed])]
     columns: list[list[Any]] = [prompts, negatives, seeds]
     count = max(map(len, columns))
     if any(len(column) not in (1, count) for column in columns):
@@ -135,13 +171,11 @@ def _rows(
     return list(zip(*(column * (count // len(column)) for column in columns), strict=True))
 
 
-def _check_pictures(init_image: Image.Image | None, strength: float, mask: Image.Image | None) -> None:
-    if not 0 < strength <= 1:
-        raise ValueError(
-            f"strength is {strength}, but should be above 0 (the picture as it is) and at most 1 (all new)"
-        )
-    if mask is not None and init_image is None:
-        raise ValueError("a mask says what to keep of init_image, but there is none: give both")
+def _checked_seed(seed: int) -> int:
+    number = whole_number(seed, "a seed")
+    if not -(2**63) <= number < 2**64:
+        raise ValueError(f"the seed {number} should be from -2**63 to 2**64 - 1, as torch has it")
+    return number
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Models that were trained to fill in: their UNet also sees the mask and what is outside of it (9 channels)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 
 import torch
 from PIL import Image
@@ -34,12 +35,17 @@ class Inpainting(LatentDiffusionModel):
         self._conditions = torch.cat([mask_latents, target_latents], dim=1)
         return mask_latents, target_latents
 
-    def prepare_mask(
+    @contextmanager
+    def filling_in(
         self, init_image: Image.Image, mask: Image.Image, size: tuple[int, int], noise: Tensor
-    ) -> Callable[[Tensor, int], Tensor]:
-        """Set the inpainting conditions; nothing is to be done with x after a step."""
+    ) -> Generator[Callable[[Tensor, int], Tensor]]:
+        """Inside `with`, these inpainting conditions are set; nothing is to be done with x after a step."""
+        before = self._conditions
         self.set_inpainting_conditions(init_image, mask, self.latents_size(size))
-        return lambda x, step: x
+        try:
+            yield lambda x, step: x
+        finally:
+            self._conditions = before
 
     def _model_input(self, x: Tensor) -> Tensor:
         if self._conditions is None:

@@ -5,8 +5,10 @@ other conditions that a model may have, such as the size of a picture, come in t
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -14,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import refiners.fluxion.layers as fl
+from refiners.fluxion.checks import described, instance_of, picture, whole_number
 from refiners.fluxion.context import Context
 from refiners.fluxion.utils import image_to_tensor
 from refiners.foundationals.latent_diffusion.autoencoder import LatentDiffusionAutoencoder
@@ -48,6 +51,8 @@ class LatentDiffusionModel(fl.Module, ABC):
     ) -> None:
         super().__init__()
         self.spec = spec
+        for name, part, wanted in (("unet", unet, spec.unet), ("lda", lda, spec.autoencoder)):
+            _check_part(name, part, wanted)
         self.unet = unet or UNet(spec.unet, device=device, dtype=dtype)
         self.lda = lda or LatentDiffusionAutoencoder(spec.autoencoder, device, spec.autoencoder.dtype_for(dtype))
         self.solver = solver or DPMSolver(DEFAULT_STEPS, params=spec.solver_params)
@@ -123,6 +128,7 @@ class LatentDiffusionModel(fl.Module, ABC):
         condition_scale: 1 is no guidance; the negative half is left out then, as it is if the UNet reads the scale.
         conditions: the others that the UNet asks for, each of batch 2 B or 2.
         """
+        self.solver.check_step(step)
         index, count = step - self.solver.first_inference_step, len(self.steps)
         for participant in (*self._lora_schedules.values(), *self.unet.participants):
             participant.before_step(index, count)
@@ -167,7 +173,8 @@ class LatentDiffusionModel(fl.Module, ABC):
         return x
 
     def _one_per_picture(self, x: Tensor, condition: Tensor, name: str) -> Tensor:
-        found, pictures = condition.shape[0], x.shape[0]
+        found = instance_of(condition, Tensor, name, "a tensor, as compute_text_embedding makes it").shape[0]
+        pictures = x.shape[0]
         if found not in (2, 2 * pictures):
             raise ValueError(
                 f"{pictures} pictures need {name} of batch {2 * pictures} (negative prompts, then prompts) or 2, but "
@@ -191,17 +198,28 @@ class LatentDiffusionModel(fl.Module, ABC):
         Raises ValueError if a side is not a multiple of the downsampling factor (8).
         """
         shape = self.latents_size(size)
+        channels = self.lda.spec.latent_channels
         if noise is None:
             count = len(generator) if isinstance(generator, Sequence) else 1
             noise = unit_noise(self._like(count, shape), generator)
+        elif instance_of(noise, Tensor, "the noise", "a tensor").shape[1:] != (channels, *shape):
+            raise ValueError(
+                f"the noise is {tuple(noise.shape)}, but latents of this size are (B, {channels}, {shape[0]}, "
+                f"{shape[1]}): give such, or leave it out"
+            )
         if init_image is None:
             return noise * self.solver.initial_noise_scale
         clean = self.lda.encode_image(resized(init_image, size), tile_size).to(noise).expand_as(noise)
         return self.solver.add_noise(clean, noise, step=self.solver.first_inference_step)
 
     def latents_size(self, size: tuple[int, int]) -> tuple[int, int]:
-        """The height and width of latents for a picture's. Raises ValueError if they are not whole numbers."""
-        height, width = size
+        """The height and width of latents for a picture's.
+
+        Raises ValueError if they are not whole numbers, TypeError if `size` is not two whole numbers.
+        """
+        if not isinstance(size, Sequence) or isinstance(size, str) or len(size) != 2:  # pyright: ignore[reportUnnecessaryIsInstance, reportUnnecessaryComparison]
+            raise TypeError(f"a size is height and width in pixels, such as (512, 768), but this is {described(size)}")
+        height, width = (whole_number(side, "a side of the size") for side in size)
         factor = self.lda.spec.downsampling_factor
         if height % factor or width % factor or height <= 0 or width <= 0:
             raise ValueError(
@@ -210,10 +228,11 @@ class LatentDiffusionModel(fl.Module, ABC):
             )
         return height // factor, width // factor
 
-    def prepare_mask(
+    @contextmanager
+    def filling_in(
         self, init_image: Image.Image, mask: Image.Image, size: tuple[int, int], noise: Tensor
-    ) -> Callable[[Tensor, int], Tensor]:
-        """Get ready to keep `init_image` where `mask` is black; returns what to do with x after each step.
+    ) -> Generator[Callable[[Tensor, int], Tensor]]:
+        """Inside `with`, keep `init_image` where `mask` is black; gives what to do with x after each step.
 
         The kept part goes back to where it was, at the level of the next step; noise: what x started from.
         """
@@ -225,17 +244,29 @@ class LatentDiffusionModel(fl.Module, ABC):
             around = kept if is_last else self.solver.add_noise(kept, noise, step=step + 1)
             return is_new * x + (1 - is_new) * around
 
-        return keep
+        yield keep
 
     def _like(self, count: int, size: tuple[int, int]) -> Tensor:
         channels = self.lda.spec.latent_channels
         return torch.empty(count, channels, *size, device=self.device, dtype=self.dtype)
 
 
+def _check_part(name: str, part: fl.Chain | None, wanted: Any) -> None:
+    """Raises TypeError if a part of a model is no tree, ValueError if it has other sizes than the spec says."""
+    if part is None or instance_of(part, fl.Chain, name, "the part itself, or leave it out").spec == wanted:
+        return
+    there = part.spec
+    names = [each.name for each in fields(wanted) if getattr(there, each.name, None) != getattr(wanted, each.name)]
+    raise ValueError(
+        f"the {name} has {names[0]}={getattr(there, names[0], None)!r}, but the spec of the model says "
+        f"{getattr(wanted, names[0])!r}: give a spec with that of the {name}, or another {name}"
+    )
+
+
 def resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """The picture in RGB, of that height and width."""
+    """The picture in RGB, of that height and width. Raises TypeError if it is none."""
     height, width = size
-    image = image.convert("RGB")
+    image = picture(image).convert("RGB")
     return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.LANCZOS)
 
 
@@ -245,7 +276,7 @@ def mask_to_tensor(mask: Image.Image, image: Image.Image, size: tuple[int, int])
     Raises ValueError if it has another size than the picture, or is not of mode 1, L, P or RGB without transparency.
     """
     height, width = size
-    if mask.mode not in ("1", "L", "P", "RGB") or mask.has_transparency_data:
+    if picture(mask, "the mask").mode not in ("1", "L", "P", "RGB") or mask.has_transparency_data:
         raise ValueError(
             f"a mask is black and white, of mode 1, L, P or RGB and opaque, but this one is {mask.mode}: choose what "
             "counts, such as mask.convert('L') or, for what is opaque, mask.getchannel('A')"

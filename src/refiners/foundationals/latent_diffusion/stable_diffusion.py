@@ -8,6 +8,7 @@ import torch
 from typing_extensions import TypeVar
 
 import refiners.fluxion.layers as fl
+from refiners.fluxion.checks import list_of_texts
 from refiners.foundationals.clip.double_text_encoder import DoubleTextEncoder
 from refiners.foundationals.clip.text_encoder import CLIPTextEncoder
 from refiners.foundationals.clip.tokenizer import CLIPTokenizer
@@ -45,6 +46,8 @@ class StableDiffusion(TextToImage, Generic[TextEncoder]):
         spec = spec or self.default_spec
         if spec is None:
             raise TypeError(f"{type(self).__name__} has no sizes of its own: give a spec")
+        if self.default_spec is not None and not self.default_spec.is_like(spec):
+            raise ValueError(f"the spec is no {type(self).__name__}'s: {_advice_for(spec)}")
         super().__init__(spec, unet, lda, solver, device, dtype)
         if clip_text_encoder is None:
             clip_text_encoder = cast(TextEncoder, make_text_encoder(spec, device, dtype))
@@ -95,9 +98,7 @@ class StableDiffusion(TextToImage, Generic[TextEncoder]):
         """
         found = _first_holding(spec, cls)
         if found is None:
-            other = _first_holding(spec, StableDiffusion)
-            advice = f"load it with {other.__name__}" if other else "no class of refiners holds it"
-            raise ValueError(f"{where}: this is no {cls.__name__}: {advice}")
+            raise ValueError(f"{where}: this is no {cls.__name__}: {_advice_for(spec)}")
         return cast(type[Self], found)
 
     def save_pretrained(self, where: Path | str, dtype: torch.dtype | None = None) -> None:
@@ -140,8 +141,7 @@ def pair_prompts(text: str | Sequence[str], negative_text: str | Sequence[str]) 
 
     Raises ValueError if there are neither one nor as many negative ones.
     """
-    prompts = [text] if isinstance(text, str) else list(text)
-    negatives = [negative_text] if isinstance(negative_text, str) else list(negative_text)
+    prompts, negatives = list_of_texts(text, "the prompt"), list_of_texts(negative_text, "the negative prompt")
     if len(negatives) == 1:
         negatives *= len(prompts)
     if len(negatives) != len(prompts):
@@ -152,6 +152,11 @@ def pair_prompts(text: str | Sequence[str], negative_text: str | Sequence[str]) 
 def _first_holding(spec: StableDiffusionSpec, cls: type[StableDiffusion]) -> type[StableDiffusion] | None:
     found = (each for each in _with_subclasses(cls) if each.default_spec and each.default_spec.is_like(spec))
     return next(found, None)
+
+
+def _advice_for(spec: StableDiffusionSpec) -> str:
+    found = _first_holding(spec, StableDiffusion)
+    return f"it is a {found.__name__}, so use that" if found else "no class of refiners holds it"
 
 
 def _with_subclasses(cls: type[StableDiffusion]) -> Iterator[type[StableDiffusion]]:

@@ -12,6 +12,8 @@ from math import ceil
 import torch
 from torch import Tensor
 
+from refiners.fluxion.checks import whole_number
+
 OVERLAP = 0.25
 
 
@@ -26,9 +28,7 @@ def run_in_tiles(
     """
     unit = max(pixels_before, pixels_after)
     before, after = unit // pixels_before, unit // pixels_after
-    side = tile_size // unit
-    if side < 4:
-        raise ValueError(f"tile_size is {tile_size} pixels, but tiles need at least {4 * unit}")
+    side = tile_side(tile_size, unit)
     lengths = [length // before for length in x.shape[2:]]
     rows, columns = (_starts(length, side) for length in lengths)
     if len(rows) == len(columns) == 1:
@@ -48,6 +48,14 @@ def run_in_tiles(
         total[rectangle] += tile * weights
         weight_sum[rectangle] += weights
     return total / weight_sum
+
+
+def tile_side(tile_size: int, factor: int) -> int:
+    """The side of a tile in latents, each of which is `factor` pixels wide. Raises ValueError if it is below 4."""
+    side = whole_number(tile_size, "tile_size") // factor
+    if side < 4:
+        raise ValueError(f"tile_size is {tile_size} pixels, but tiles need at least {4 * factor}")
+    return side
 
 
 def _starts(length: int, side: int) -> list[int]:
