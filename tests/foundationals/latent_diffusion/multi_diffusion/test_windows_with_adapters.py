@@ -27,6 +27,7 @@ from refiners.foundationals.latent_diffusion.control import (
 )
 from refiners.foundationals.latent_diffusion.image_prompt import IPAdapter
 from refiners.foundationals.latent_diffusion.multi_diffusion import MultiDiffusion, Region, RegionalPrompts
+from refiners.foundationals.latent_diffusion.steering import StyleAlignedAdapter
 
 HEIGHT, WIDTH, SIDE = 8, 20, 8  # of the latents and of windows
 
@@ -113,6 +114,19 @@ def test_what_an_inpainting_model_keeps_is_cut_out(count: int) -> None:
         model._conditions = crop(conditions, index)
         parts.append(predict(model, crop(x, index)))
     assert relative_error(whole, blend(parts)) < 1e-5
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@torch.no_grad()
+def test_style_aligned_has_each_window_look_at_its_own_first_picture(count: int) -> None:
+    model, x = small_model(), torch.randn(2, 4, HEIGHT, WIDTH)
+    apart = predict_in_windows(model, x, count)
+    aligned = StyleAlignedAdapter(model).inject()
+    parts = [predict(model, crop(x, index)) for index in range(4)]
+    whole = predict_in_windows(model, x, count)
+    assert relative_error(whole, blend(parts)) < 1e-5
+    assert relative_error(whole[:1], apart[:1]) < 1e-5 and relative_error(whole[1:], apart[1:]) > 1e-3
+    aligned.eject()
 
 
 @pytest.mark.slow

@@ -106,7 +106,7 @@ class MultiDiffusion:
             return _stacked([windows.crop(whole, window) for window in some], negatives)
 
         contexts: dict[str, Context] = {name: dict(values) for name, values in call.contexts.items()}
-        contexts["diffusion"]["negatives"] = negatives * len(some)
+        contexts["diffusion"] |= {"negatives": negatives * len(some), "windows": len(some)}
         for name, condition in spatial.items():
             context, key = name.split(".", 1)
             contexts.setdefault(context, {})[key] = crops(condition)

@@ -58,12 +58,21 @@ class SharedAttention(fl.Parallel):
 
 
 class FirstOfHalf(fl.ContextModule):
-    """The first of the samples for negative prompts, and of those for prompts, for all of them: (B, …) to the same."""
+    """The first of the samples for negative prompts, and of those for prompts, for all of them: (B, …) to the same.
+
+    Where the batch has several windows of the pictures (MultiDiffusion), it is the first one of each window.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
-        count = self.use_context("diffusion").get("negatives", 0)
+        context = self.use_context("diffusion")
+        count, windows = context.get("negatives", 0), context.get("windows", 1)
         halves = (x[:count], x[count:])
-        return torch.cat([half[:1].expand_as(half) for half in halves])
+        return torch.cat([_first_of_each(half, windows) for half in halves if len(half)])
+
+
+def _first_of_each(x: Tensor, windows: int) -> Tensor:
+    rows = x.unflatten(0, (windows, -1))
+    return rows[:, :1].expand_as(rows).flatten(0, 1)
 
 
 class Aligned(fl.Chain):
