@@ -1,6 +1,6 @@
 """Teach a model one subject: `python scripts/training/dreambooth.py configs/dreambooth.toml`."""
 
-from refiners.training.command import main
+from refiners.cli.train import main
 
 if __name__ == "__main__":
     main(recipe="dreambooth")

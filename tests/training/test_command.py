@@ -1,6 +1,5 @@
 """The commands and the configs as shipped: one line to train, the same line to go on, one line for a mistake."""
 
-import re
 import runpy
 import sys
 import tomllib
@@ -8,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from refiners.training.command import main
+from refiners.cli import train as command
+from refiners.training import ConfigError, NonFiniteError, TrainingInterrupted
+from refiners.training.recipes import registry
 from refiners.training.recipes.registry import RECIPES
 
 ROOT = Path(__file__).parents[2]
@@ -50,6 +51,7 @@ def test_a_config_trains_as_shipped_but_on_a_small_model_and_shortly(
     changes = {
         "base = ": f'base = "{model_folder}"',
         "duration = ": 'duration = "3:step"',
+        "warmup_steps = ": "",
         "save_folder = ": f'save_folder = "{tmp_path / "out"}"',
         "save_interval = ": 'save_interval = "2:step"',
         "device = ": 'device = "cpu"',
@@ -64,31 +66,96 @@ def test_a_config_trains_as_shipped_but_on_a_small_model_and_shortly(
     monkeypatch.chdir(ROOT)
     for _ in range(2):
         monkeypatch.setattr(sys, "argv", ["train", str(config)])
-        runpy.run_path(str(ROOT / "scripts" / "training" / SCRIPTS[name]), run_name="__main__")
+        with pytest.raises(SystemExit) as caught:
+            runpy.run_path(str(ROOT / "scripts" / "training" / SCRIPTS[name]), run_name="__main__")
+        assert caught.value.code == 0
     assert {path.name for path in (tmp_path / "out" / "checkpoints").iterdir()} == {"step-00000002", "step-00000003"}
     assert list((tmp_path / "out" / "samples").iterdir()) and list((tmp_path / "out" / "logs").iterdir())
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: object, recipe: str = "lora") -> int:
+    """The exit code of a script of a recipe."""
+    monkeypatch.setattr(sys, "argv", ["train", *map(str, arguments)])
+    with pytest.raises(SystemExit) as caught:
+        command.main(recipe=recipe)
+    assert isinstance(caught.value.code, int)
+    return caught.value.code
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (None, "FileNotFoundError: .*there is no such config file"),
-        ('recipe = "lora"\n[training]\nduration = 1', "ConfigError: .*training.duration: 1 is no period"),
-        (GOOD.format('device = "cuda:99"'), "ValueError: device = 'cuda:99' means GPU 99, but this machine has"),
-        (GOOD.format('device = "gpu"'), "ValueError: device = 'gpu' is none; write"),
+        (None, "config.toml: there is no such config file"),
+        ('recipe = "lora"\n[training]\nduration = 1', "config.toml: training.duration: 1 is no period"),
+        (GOOD.format('device = "cuda:99"'), "device = 'cuda:99' means GPU 99, but this machine has"),
+        (GOOD.format('device = "gpu"'), "device = 'gpu' is none; write"),
+        (GOOD.format('device = "meta"'), 'device = "meta" holds no weights; write'),
+        (GOOD.format(""), "pictures: there is no such folder of pictures; give one that exists"),
         ('recipe = "finetune"\n', "recipe = 'finetune': it should be 'lora'"),
     ],
 )
-def test_a_mistake_is_a_message_and_not_a_traceback(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str | None, message: str
+def test_a_mistake_is_a_message_like_that_of_any_command_and_not_a_traceback(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    text: str | None,
+    message: str,
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     path = tmp_path / "config.toml"
     if text is not None:
         path.write_text(text)
-    with pytest.raises(SystemExit) as caught:
-        main([str(path)], recipe="lora")
-    assert caught.value.code == 1
-    error = capsys.readouterr().err
-    assert re.search(message, error) and "Traceback" not in error
+    assert run(monkeypatch, path) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert all(line.startswith("error: ") for line in lines) and sum(message in line for line in lines) == 1
+    monkeypatch.setattr(sys, "argv", ["train", str(path), "--debug"])
     with pytest.raises((ValueError, FileNotFoundError)):
-        main([str(path), "--debug"], recipe="lora")
+        command.main(recipe="lora")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "told"),
+    [
+        (ConfigError("a: this\na: that"), 1, "error: a: this\nerror: a: that\n"),
+        (NonFiniteError("step 3 was not made"), 1, "error: step 3 was not made\n"),
+        (OSError(28, "No space left on device"), 1, "error: [Errno 28] No space left on device\n"),
+        (ModuleNotFoundError("Prodigy comes with prodigyopt"), 1, "error: Prodigy comes with prodigyopt\n"),
+        (
+            ModuleNotFoundError("No module named 'pydantic'", name="pydantic"),
+            1,
+            "error: this needs pydantic, which is not installed: pip install 'refiners[training]'\n",
+        ),
+        (
+            RuntimeError("CUDA out of memory."),
+            1,
+            f"error: there is not enough memory (CUDA out of memory.); {command.LESS_MEMORY}\n",
+        ),
+        (KeyboardInterrupt(), 130, "stopped; the same command goes on from the last checkpoint\n"),
+        (
+            TrainingInterrupted(4, 15, Path("out")),
+            143,
+            "stopped by SIGTERM after step 4, which is saved in out; the same command goes on from there\n",
+        ),
+    ],
+)
+def test_each_end_has_its_words_and_its_code(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, told: str
+) -> None:
+    def fail(config: str, recipe: str | None) -> None:
+        raise error
+
+    monkeypatch.setattr(registry, "train", fail)
+    assert run(monkeypatch, "config.toml") == code
+    assert capsys.readouterr().err == told
+
+
+def test_an_error_that_is_a_bug_goes_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    for bug in (RuntimeError("shapes do not fit"), ModuleNotFoundError("No module named 'x'", name="x"), KeyError("a")):
+
+        def fail(config: str, recipe: str | None, bug: Exception = bug) -> None:
+            raise bug
+
+        monkeypatch.setattr(registry, "train", fail)
+        monkeypatch.setattr(sys, "argv", ["train", "config.toml"])
+        with pytest.raises(type(bug)):
+            command.main(recipe="lora")

@@ -111,11 +111,9 @@ def start(folder: Path, model: Path, pictures: Path) -> "subprocess.Popen[str]":
         '[training]\nduration = "60:step"\nbatch_size = 2\ndevice = "cpu"\n[logging]\ntensorboard = false\n'
         f'[checkpointing]\nsave_folder = "{folder}"\nsave_interval = "1000:step"\n'
     )
-    code = "import sys, torch; torch.set_num_threads(1); from refiners.training.command import main; main(sys.argv[1:])"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-c", code, str(config)], stderr=subprocess.PIPE, text=True, env=environment
-    )
+    command = [sys.executable, "-m", "refiners.cli", "train", str(config)]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
 
 
 @pytest.mark.slow

@@ -63,17 +63,6 @@ def predict(sd: StableDiffusion_1, prompt: str = "a red disc") -> Tensor:
         return sd.unet(torch.randn(1, 4, 8, 8, generator=generator))
 
 
-def test_a_setting_that_the_optimizer_lacks_is_told_before_any_latents_are_made(
-    tmp_path: Path, model_folder: Path, picture_folder: Path
-) -> None:
-    path = write_config(
-        tmp_path, "lora", model_folder, picture_folder, optimizer='optimizer = "SGD"\nbetas = [0.9, 0.9]'
-    )
-    with pytest.raises(ValueError, match="the optimizer SGD has no setting 'betas'"):
-        train(path)
-    assert not (tmp_path / "out").exists()
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["kohya", "diffusers"])
 def test_a_trained_lora_loads_in_refiners_and_in_diffusers(
@@ -319,14 +308,20 @@ def test_a_target_that_fits_nothing_is_named_with_the_nearest(pattern: str) -> N
 
 
 @pytest.mark.slow
-def test_no_target_at_all_and_too_many_held_out_are_errors(
+def test_too_many_held_out_timesteps_that_are_none_and_too_small_pictures_are_errors(
     tmp_path: Path, model_folder: Path, picture_folder: Path
 ) -> None:
-    path = write_config(tmp_path, "lora", model_folder, picture_folder, lora="unet_targets = []")
-    with pytest.raises(ValueError, match="no parameter to train in unet: inject an adapter"):
-        train(path)
-    path = write_config(tmp_path, "lora", model_folder, picture_folder, dataset="held_out = 6")
+    evaluated = {"training": 'evaluation_interval = "1:epoch"', "dataset": "held_out = 6"}
+    path = write_config(tmp_path, "lora", model_folder, picture_folder, **evaluated)
     with pytest.raises(ValueError, match="held_out = 6 leaves none of the 6 pictures"):
+        train(path)
+    path = write_config(
+        tmp_path, "lora", model_folder, picture_folder, latent_diffusion="end_timestep = 2000", checkpointing=""
+    )
+    with pytest.raises(ConfigError, match="end_timestep = 2000 is beyond the 1000 timesteps of this model"):
+        train(path)
+    path = write_config(tmp_path, "lora", model_folder, picture_folder, dataset="resolution = 7")
+    with pytest.raises(ConfigError, match=r"dataset\.resolution = 7"):
         train(path)
 
 

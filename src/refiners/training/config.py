@@ -1,13 +1,20 @@
 """The settings of any training: how long, by which optimizer, what is kept. Recipes add sections of their own."""
 
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from pydantic import Field, field_validator, model_validator
 
-from refiners.training.clock import Period, Unit
-from refiners.training.optimizers import OPTIMIZERS
-from refiners.training.settings import PeriodSetting, Section, nearest
+from refiners.training.clock import Clock, Period, Unit
+from refiners.training.optimizers import OPTIMIZERS, checked_optimizer
+from refiners.training.settings import (
+    ConfigError,
+    PathSetting,
+    PeriodSetting,
+    Section,
+    TextSetting,
+    TupleOf,
+    nearest,
+)
 
 
 class TrainingConfig(Section):
@@ -24,7 +31,7 @@ class TrainingConfig(Section):
 
     duration: PeriodSetting
     seed: int = Field(default=0, ge=0, lt=2**63)
-    device: str = "auto"
+    device: TextSetting = "auto"
     batch_size: int = Field(default=1, ge=1)
     gradient_accumulation: PeriodSetting = Period(1, Unit.ITERATION)
     clip_grad_norm: float | None = Field(default=1.0, gt=0)
@@ -52,6 +59,16 @@ class TrainingConfig(Section):
             raise ValueError('precision = "float16" has no loss scaling with parallel = "fsdp"; use "bfloat16"')
         return self
 
+    def share_of(self, count: int) -> int:
+        """Samples of an iteration for each of `count` processes. Raises ConfigError if they cannot be shared evenly."""
+        share, rest = divmod(self.batch_size, count)
+        if rest:
+            raise ConfigError(
+                f"training.batch_size = {self.batch_size} cannot be shared out evenly by {count} processes; make it a "
+                "multiple"
+            )
+        return share
+
 
 class OptimizerConfig(Section):
     """The section `[optimizer]`: None leaves a value to the optimizer's own default.
@@ -63,7 +80,7 @@ class OptimizerConfig(Section):
     optimizer: str = "AdamW"
     learning_rate: float = Field(default=1e-4, gt=0)
     text_encoder_learning_rate: float | None = Field(default=None, gt=0)
-    betas: tuple[float, float] | None = None
+    betas: TupleOf[tuple[float, float]] | None = None
     eps: float | None = Field(default=None, ge=0)
     weight_decay: float | None = Field(default=None, ge=0)
     momentum: float | None = Field(default=None, ge=0, lt=1)
@@ -80,12 +97,24 @@ class OptimizerConfig(Section):
         """What not all optimizers have, by name; None for what is left to the optimizer."""
         return self.model_dump(exclude={"optimizer", "learning_rate", "text_encoder_learning_rate"})
 
+    @field_validator("betas", mode="before")
+    @classmethod
+    def _are_two(cls, value: object) -> object:
+        if isinstance(value, list | tuple) and len(cast("list[Any]", value)) != 2:
+            raise ValueError(f"{value} should be two numbers, as in [0.9, 0.99]")
+        return cast("Any", value)
+
     @field_validator("betas")
     @classmethod
     def _are_fractions(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
         if value is not None and not all(0 <= beta < 1 for beta in value):
             raise ValueError(f"betas should be from 0 to below 1, but they are {value}")
         return value
+
+    @model_validator(mode="after")
+    def _optimizer_has_them(self) -> "OptimizerConfig":
+        checked_optimizer(self.optimizer, **self.own_settings)
+        return self
 
 
 class SchedulerConfig(Section):
@@ -103,17 +132,30 @@ class SchedulerConfig(Section):
     step_size: int = Field(default=1000, ge=1)
     gamma: float = Field(default=0.1, gt=0, le=1)
 
+    @model_validator(mode="after")
+    def _type_has_them(self) -> "SchedulerConfig":
+        used = {"linear": ["final_factor"], "cosine": ["final_factor"], "step": ["step_size", "gamma"]}
+        for name in ("final_factor", "step_size", "gamma"):
+            value = getattr(self, name)
+            if name not in used.get(self.scheduler_type, []) and value != type(self).model_fields[name].default:
+                raise ValueError(
+                    f'{name} = {value} means nothing with scheduler_type = "{self.scheduler_type}"; leave it out, or '
+                    "choose another scheduler_type"
+                )
+        return self
+
 
 class CheckpointingConfig(Section):
     """The section `[checkpointing]`.
 
     save_folder: checkpoints, logs, samples and results go below it.
     keep: how many checkpoints stay; older ones are deleted.
-    resume: go on from the newest checkpoint in `save_folder`, if there is one.
+    resume: go on from the newest checkpoint in `save_folder`, if there is one; else begin anew, and delete those that
+        are there as soon as a new one is saved.
     allow_changes: resume even if settings that matter are not those that the checkpoint was made with.
     """
 
-    save_folder: Path
+    save_folder: PathSetting
     save_interval: PeriodSetting = Period(1, Unit.EPOCH)
     keep: int = Field(default=2, ge=1)
     resume: bool = True
@@ -137,8 +179,8 @@ class WandbConfig(Section):
     """
 
     mode: Literal["online", "offline", "disabled"] = "disabled"
-    project: str = "refiners"
-    entity: str | None = None
+    project: TextSetting = "refiners"
+    entity: TextSetting | None = None
 
 
 class TrainerConfig(Section):
@@ -150,6 +192,20 @@ class TrainerConfig(Section):
     checkpointing: CheckpointingConfig
     logging: LoggingConfig = LoggingConfig()
     wandb: WandbConfig = WandbConfig()
+
+    @model_validator(mode="after")
+    def _warms_up_in_time(self) -> "TrainerConfig":
+        if self.training.duration.unit is not Unit.EPOCH:
+            self.check_warmup(Clock(1, self.training.gradient_accumulation.number).steps_in(self.training.duration))
+        return self
+
+    def check_warmup(self, steps: int) -> None:
+        """Raise ConfigError if a training of so many steps is over before the learning rate is what is set."""
+        if self.scheduler.warmup_steps >= steps:
+            raise ConfigError(
+                f"scheduler.warmup_steps = {self.scheduler.warmup_steps} should be below the {steps} steps of the "
+                "training, or else the learning rate stays below what is set; lower it or train for longer"
+            )
 
 
 # Settings that may change between a checkpoint and the run that goes on from it: they do not bear on the weights to

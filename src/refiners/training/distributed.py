@@ -15,6 +15,8 @@ from torch import distributed as dist
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from refiners.weights.devices import check_is_available
+
 
 @dataclass(frozen=True)
 class Process:
@@ -66,8 +68,8 @@ def joined(device: str = "auto") -> Generator[Process]:
     device: "auto" is the GPU of this process if there is one, else the CPU.
     Raises ValueError if the device is not there.
     """
-    place = _choose_device(device, int(os.environ.get("LOCAL_RANK", 0)))
     count = int(os.environ.get("WORLD_SIZE", 1))
+    place = _choose_device(device, int(os.environ.get("LOCAL_RANK", 0)), count)
     if count == 1:
         yield Process(device=place)
         return
@@ -105,7 +107,7 @@ def copy_whole(target: Tensor, source: Tensor) -> None:
         target.copy_(spread_as(source, target))
 
 
-def _choose_device(wanted: str, local_rank: int) -> torch.device:
+def _choose_device(wanted: str, local_rank: int, count: int) -> torch.device:
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -113,8 +115,14 @@ def _choose_device(wanted: str, local_rank: int) -> torch.device:
     except RuntimeError as error:
         raise ValueError(f'device = {wanted!r} is none; write "auto", "cpu", "cuda" or "cuda:1"') from error
     if device.type != "cuda":
+        if device.type == "meta":
+            raise ValueError('device = "meta" holds no weights; write "auto", "cpu", "cuda" or "cuda:1"')
+        check_is_available(device)
         return device
-    index = device.index if ":" in wanted else local_rank
+    has_index = ":" in wanted
+    if has_index and count > 1:
+        raise ValueError(f'device = {wanted!r} puts all {count} processes on one GPU; write "cuda"')
+    index = device.index if has_index else local_rank
     if index >= torch.cuda.device_count():
         raise ValueError(
             f"device = {wanted!r} means GPU {index}, but this machine has {torch.cuda.device_count()}; start fewer "

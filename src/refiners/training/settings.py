@@ -5,13 +5,32 @@ import tomllib
 import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Self, cast
+from typing import Annotated, Any, Self, TypeVar, cast
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
 
 from refiners.training.clock import Period
 
+T = TypeVar("T")
+
+
+def _path(value: object) -> Path:
+    if not isinstance(value, str | Path) or not str(value).strip():
+        raise ValueError(f"{value!r} is no path; write one in quotation marks")
+    return Path(value).expanduser()
+
+
+def _existing_file(path: Path) -> Path:
+    if not path.is_file():
+        raise ValueError(f"{str(path)!r}: there is no such file")
+    return path
+
+
 PeriodSetting = Annotated[Period, BeforeValidator(Period.parse), PlainSerializer(str)]
+PathSetting = Annotated[Path, BeforeValidator(_path)]  # relative to where the command runs; ~ is the home folder
+FileSetting = Annotated[PathSetting, AfterValidator(_existing_file)]
+TupleOf = Annotated[T, Field(strict=False)]  # of what TOML has as an array
+TextSetting = Annotated[str, Field(min_length=1)]
 
 
 class ConfigError(ValueError):
@@ -19,21 +38,16 @@ class ConfigError(ValueError):
 
 
 class Section(BaseModel):
-    """A table of a TOML file. Unknown keys are refused."""
+    """A table of a TOML file. Unknown keys are refused, and so are values of another type: true is no number."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, arbitrary_types_allowed=True, allow_inf_nan=False
+    )
 
     @classmethod
     def load(cls, path: Path | str) -> Self:
         """Read a TOML file. Raises FileNotFoundError, or ConfigError with a line for each mistake."""
-        path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: there is no such config file; copy one from configs/ and edit it")
-        try:
-            table = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path}: this is no TOML file: {error}") from error
-        return cls.read(table, where=str(path))
+        return cls.read(read_toml(path), where=str(path))
 
     @classmethod
     def read(cls, table: Mapping[str, Any], where: str = "config") -> Self:
@@ -43,6 +57,17 @@ class Section(BaseModel):
         except ValidationError as error:
             mistakes = [_describe(cls, cast("dict[str, Any]", mistake)) for mistake in error.errors()]
             raise ConfigError("\n".join(f"{where}: {mistake}" for mistake in mistakes)) from None
+
+
+def read_toml(path: Path | str) -> dict[str, Any]:
+    """The table of a TOML file. Raises FileNotFoundError if it is not there, ConfigError if it is no TOML."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: there is no such config file; copy one from configs/ and edit it")
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))  # some editors put a mark before UTF-8
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: this is no TOML file: {error}") from error
 
 
 def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -86,6 +111,10 @@ def _describe(model: type[BaseModel], mistake: Mapping[str, Any]) -> str:
     if mistake["type"] == "value_error":
         reason = str(mistake["ctx"]["error"])
         return f"{name}: {reason}" if name else reason
+    if mistake["type"] in ("model_type", "dict_type"):
+        return f"{name} = {mistake['input']!r}: it should be a section, [{name}], with settings of its own"
+    if mistake["type"] in ("tuple_type", "list_type"):
+        return f"{name} = {mistake['input']!r}: it should be an array, in square brackets"
     reason = mistake["msg"][0].lower() + mistake["msg"][1:].replace("Input should", "it should")
     reason = reason.replace("input should", "it should")
     return f"{name} = {mistake['input']!r}: {reason}"

@@ -99,7 +99,7 @@ class Trainer:
     held_out: data for a loss that is computed at each evaluation.
     blocks: modules whose weights FSDP keeps together; without any, each model as a whole.
 
-    Raises ValueError if there is nothing to train, or nothing to train on.
+    Raises ValueError if there is nothing to train, or nothing to train on, ConfigError if the config does not fit it.
     """
 
     def __init__(
@@ -128,6 +128,8 @@ class Trainer:
         self.metrics: dict[str, float] = {}
         self.clock = Clock(len(batches), config.training.gradient_accumulation.number)
         self.total_steps = self.clock.steps_in(config.training.duration)
+        config.training.share_of(self.process.count)
+        config.check_warmup(self.total_steps)
         self._blocks = list(blocks)
 
     @property

@@ -177,7 +177,7 @@ class LatentCache:
             return picture.read, picture.name
         raise DataError(
             f"{picture.name}: there is no conditioning picture with it; put one of the same name into "
-            "dataset.conditioning_folder"
+            "dataset.conditioning_folder, or name a column of the data set as dataset.conditioning_column"
         )
 
 
@@ -199,11 +199,7 @@ class LatentBatches:
         return len(self.sampler)
 
     def get(self, epoch: int, index: int, rank: int, count: int) -> DiffusionBatch:
-        """A batch, or the part of one of `count` processes. Raises ValueError if it cannot be shared out evenly."""
-        if self.batch_size % count:
-            raise ValueError(
-                f"batch_size = {self.batch_size} cannot be shared out evenly by {count} processes; make it a multiple"
-            )
+        """A batch, or the part of one of `count` processes, of which its size is a multiple."""
         share = self.batch_size // count
         places = range(rank * share, (rank + 1) * share)
         chosen = self.sampler.batch(epoch, index)

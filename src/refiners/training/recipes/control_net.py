@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from refiners.foundationals.latent_diffusion import StableDiffusion_1
@@ -16,6 +15,7 @@ from refiners.foundationals.latent_diffusion.control import (
     save_control_net,
 )
 from refiners.training.distributed import Process
+from refiners.training.recipes.config import ResultName
 from refiners.training.recipes.leading import PIXELS, Lead, LeadConfig, from_bytes
 from refiners.training.recipes.text_to_image import Choice, load_model, parameters_of, read_pictures, train
 from refiners.training.settings import Section
@@ -30,7 +30,7 @@ class ControlNetConfig(Section):
     """
 
     format: Literal["diffusers", "original"] = "diffusers"
-    name: str = Field(default="control-net", pattern=r"^[^/.\\]+$")
+    name: ResultName = "control-net"
 
 
 class ControlNetTrainingConfig(LeadConfig):

@@ -19,7 +19,7 @@ from refiners.training.recipes.config import TextToImageConfig
 from refiners.training.recipes.lora import LoraConfig, inject_loras
 from refiners.training.recipes.text_to_image import load_model, read_pictures, train
 from refiners.training.reporting import note
-from refiners.training.settings import Section
+from refiners.training.settings import PathSetting, Section, TextSetting
 from refiners.training.trainer import Trainer
 
 
@@ -33,16 +33,26 @@ class DreamboothConfig(Section):
     prior_loss_weight: how much the class counts against the subject.
     """
 
-    instance_prompt: str = Field(min_length=1)
+    instance_prompt: TextSetting
     class_prompt: str = ""
     prior_images: int = Field(default=0, ge=0)
-    prior_folder: Path | None = None
+    prior_folder: PathSetting | None = None
     prior_loss_weight: float = Field(default=1.0, ge=0)
     num_inference_steps: int = Field(default=30, ge=1, le=1000)
+
+    @model_validator(mode="after")
+    def _has_a_class(self) -> "DreamboothConfig":
+        if self.prior_images and not self.class_prompt:
+            raise ValueError(f"prior_images = {self.prior_images} need a class_prompt; give one, or set them to 0")
+        if self.prior_folder is not None and not self.prior_images:
+            raise ValueError("prior_folder is for pictures of the class, but prior_images is 0; say how many")
+        return self
 
 
 class DreamboothTrainingConfig(TextToImageConfig):
     """The settings of recipe `dreambooth`."""
+
+    USES_CAPTIONS = False
 
     recipe: Literal["dreambooth"] = "dreambooth"
     dreambooth: DreamboothConfig
@@ -53,6 +63,20 @@ class DreamboothTrainingConfig(TextToImageConfig):
         if self.dataset.held_out:
             raise ValueError("dataset.held_out: the few pictures of a subject are all trained on; set it to 0")
         return self
+
+    @model_validator(mode="after")
+    def _names_the_subject_alone(self) -> "DreamboothTrainingConfig":
+        if self.lora.trigger_phrase:
+            raise ValueError(
+                f"lora.trigger_phrase = {self.lora.trigger_phrase!r} would stand before the class as well; put it into "
+                "dreambooth.instance_prompt"
+            )
+        return self
+
+    @property
+    def trains_text_encoder(self) -> bool:
+        """Whether it has targets."""
+        return bool(self.lora.text_encoder_targets)
 
 
 def run(config: DreamboothTrainingConfig, process: Process) -> Trainer:

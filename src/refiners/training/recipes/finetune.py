@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 from torch import nn
 
 from refiners.training.distributed import Process
-from refiners.training.recipes.config import TextToImageConfig
+from refiners.training.recipes.config import ResultName, TextToImageConfig
 from refiners.training.recipes.text_to_image import Choice, load_model, parameters_of, read_pictures, train
 from refiners.training.settings import Section
 from refiners.training.trainer import Trainer
@@ -21,7 +21,7 @@ class FinetuneConfig(Section):
     """
 
     text_encoder: bool = False
-    name: str = Field(default="model", pattern=r"^[^/.\\]+$")
+    name: ResultName = "model"
 
 
 class FinetuneTrainingConfig(TextToImageConfig):
@@ -29,6 +29,11 @@ class FinetuneTrainingConfig(TextToImageConfig):
 
     recipe: Literal["finetune"] = "finetune"
     finetune: FinetuneConfig = FinetuneConfig()
+
+    @property
+    def trains_text_encoder(self) -> bool:
+        """Whether it is asked to."""
+        return self.finetune.text_encoder
 
     @model_validator(mode="after")
     def _keeps_small_changes(self) -> "FinetuneTrainingConfig":

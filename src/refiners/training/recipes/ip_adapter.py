@@ -19,10 +19,10 @@ from refiners.foundationals.scenes.reader import load_image_encoder
 from refiners.training.data.cache import fingerprint
 from refiners.training.data.latents import Conditioning
 from refiners.training.distributed import Process
-from refiners.training.recipes.config import Probability
+from refiners.training.recipes.config import Probability, ResultName
 from refiners.training.recipes.leading import Lead, LeadConfig
 from refiners.training.recipes.text_to_image import Choice, load_model, read_pictures, train
-from refiners.training.settings import Section
+from refiners.training.settings import Section, TextSetting
 from refiners.training.trainer import Trainer
 
 
@@ -38,10 +38,10 @@ class IPAdapterConfig(Section):
     name: of the result, `<save_folder>/<name>.safetensors`, which Refiners, diffusers and others load.
     """
 
-    image_encoder: str = "builtin"
+    image_encoder: TextSetting = "builtin"
     tokens: int = Field(default=4, ge=1)
-    image_drop_probability: float = Probability
-    name: str = Field(default="ip-adapter", pattern=r"^[^/.\\]+$")
+    image_drop_probability: Probability = 0.0
+    name: ResultName = "ip-adapter"
 
 
 class IPAdapterTrainingConfig(LeadConfig):

@@ -34,6 +34,8 @@ class Lead:
 class LeadConfig(TextToImageConfig):
     """The settings of a recipe whose adapter trains in float32 inside of a UNet that may be in another format."""
 
+    IS_LED = True
+
     @model_validator(mode="after")
     def _formats_meet(self) -> "LeadConfig":
         base, precision = self.models.dtype, self.training.precision

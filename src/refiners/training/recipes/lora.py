@@ -22,9 +22,9 @@ from refiners.foundationals.latent_diffusion import StableDiffusion_1
 from refiners.foundationals.latent_diffusion.lora import save_lora
 from refiners.training.data.captions import CaptionRule
 from refiners.training.distributed import Process
-from refiners.training.recipes.config import Probability, TextToImageConfig
+from refiners.training.recipes.config import Probability, ResultName, TextToImageConfig
 from refiners.training.recipes.text_to_image import Choice, load_model, parameters_of, read_pictures, train
-from refiners.training.settings import Section
+from refiners.training.settings import Section, TextSetting, TupleOf
 from refiners.training.targets import find_targets
 from refiners.training.trainer import Trainer
 
@@ -57,12 +57,12 @@ class LoraConfig(Section):
     rank: int = Field(default=16, ge=1)
     alpha: float | None = Field(default=None, gt=0)
     trigger_phrase: str = ""
-    use_only_trigger_probability: float = Probability
-    unet_targets: tuple[str, ...] = ("Attention", "SelfAttention")
-    text_encoder_targets: tuple[str, ...] = ()
-    layers: tuple[Literal["Linear", "Conv2d"], ...] = ("Linear",)
+    use_only_trigger_probability: Probability = 0.0
+    unet_targets: TupleOf[tuple[TextSetting, ...]] = ("Attention", "SelfAttention")
+    text_encoder_targets: TupleOf[tuple[TextSetting, ...]] = ()
+    layers: TupleOf[tuple[Literal["Linear", "Conv2d"], ...]] = ("Linear",)
     format: Literal["kohya", "diffusers", "peft"] = "kohya"
-    name: str = Field(default="lora", pattern=r"^[^/.\\]+$")
+    name: ResultName = "lora"
 
     @model_validator(mode="after")
     def _kind_fits(self) -> "LoraConfig":
@@ -70,6 +70,17 @@ class LoraConfig(Section):
             raise ValueError(f'kind = "{self.kind}" is not written in the form of {self.format}; use "kohya"')
         if self.kind == "ia3" and self.model_fields_set & {"rank", "alpha"}:
             raise ValueError('kind = "ia3" has neither a rank nor an alpha; leave them out')
+        return self
+
+    @model_validator(mode="after")
+    def _has_something_to_do(self) -> "LoraConfig":
+        if not self.layers or not (self.unet_targets or self.text_encoder_targets):
+            raise ValueError("there is nothing to adapt: give targets in the UNet or the text encoder, and layers")
+        if self.use_only_trigger_probability and not self.trigger_phrase:
+            raise ValueError(
+                f"use_only_trigger_probability = {self.use_only_trigger_probability}, but there is no trigger_phrase "
+                "to stand alone; give one, or leave the probability out"
+            )
         return self
 
     def adapter_for(self, layer: Any) -> DeltaAdapter:
@@ -87,6 +98,11 @@ class LoraTrainingConfig(TextToImageConfig):
 
     recipe: Literal["lora"] = "lora"
     lora: LoraConfig = LoraConfig()
+
+    @property
+    def trains_text_encoder(self) -> bool:
+        """Whether it has targets."""
+        return bool(self.lora.text_encoder_targets)
 
 
 def inject_loras(sd: StableDiffusion_1, config: LoraConfig) -> Choice:

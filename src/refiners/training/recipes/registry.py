@@ -1,6 +1,5 @@
 """Runs the recipe that a config names: `train("config.toml")`, on one process or under `torchrun`."""
 
-import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +15,7 @@ from refiners.training.recipes import (
     textual_inversion,
 )
 from refiners.training.recipes.config import TextToImageConfig
-from refiners.training.settings import ConfigError, nearest
+from refiners.training.settings import ConfigError, nearest, read_toml
 from refiners.training.trainer import Trainer
 
 
@@ -47,19 +46,14 @@ def train(path: Path | str, recipe: str | None = None) -> Trainer:
     chosen = RECIPES[recipe or _recipe_of(path)]
     config = chosen.config.load(path)
     with joined(config.training.device) as process:
+        config.training.share_of(process.count)
         return chosen.run(config, process)
 
 
 def _recipe_of(path: Path | str) -> str:
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: there is no such config file; copy one from configs/ and edit it")
-    try:
-        name = tomllib.loads(path.read_text(encoding="utf-8")).get("recipe")
-    except ValueError as error:
-        raise ConfigError(f"{path}: this is no TOML file: {error}") from error
+    name = read_toml(path).get("recipe")
     if name is None:
         raise ConfigError(f"{path}: it names no recipe; begin it with `recipe = ` and one of {', '.join(RECIPES)}")
-    if name not in RECIPES:
+    if not isinstance(name, str) or name not in RECIPES:
         raise ConfigError(f"{path}: there is no recipe {name!r}; {nearest(str(name), RECIPES)}")
-    return str(name)
+    return name

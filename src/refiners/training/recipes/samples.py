@@ -7,7 +7,6 @@ from refiners.foundationals.latent_diffusion import StableDiffusion_1
 from refiners.training.data.pictures import decode
 from refiners.training.recipes.config import DiffusionTestConfig
 from refiners.training.recipes.leading import Lead
-from refiners.training.settings import ConfigError
 from refiners.training.trainer import Callback, Trainer
 
 
@@ -15,16 +14,9 @@ class SaveSamples(Callback):
     """Makes a picture of each test prompt at each evaluation, always from the same noise.
 
     lead: what is shown the pictures that come with the prompts.
-    Raises ConfigError if a model that is to be led has not one picture for each prompt, or another has any.
     """
 
     def __init__(self, sd: StableDiffusion_1, config: DiffusionTestConfig, lead: Lead | None = None) -> None:
-        wanted = len(config.prompts) if lead is not None else 0
-        if len(config.conditioning) != wanted:
-            raise ConfigError(
-                f"test_diffusion.conditioning names {len(config.conditioning)} pictures, but this recipe needs "
-                f"{wanted}: one for each prompt if it trains with such pictures, else none"
-            )
         self.sd, self.config, self.lead = sd, config, lead
 
     def on_evaluate(self, trainer: Trainer) -> None:

@@ -6,7 +6,6 @@ from typing import Literal
 
 import torch
 from PIL import Image
-from pydantic import Field
 from torch import Tensor
 
 from refiners.fluxion.utils import image_to_tensor
@@ -14,7 +13,7 @@ from refiners.foundationals.latent_diffusion import StableDiffusion_1
 from refiners.foundationals.latent_diffusion.control import ConditionEncoder, T2IAdapter, T2ISpec
 from refiners.foundationals.latent_diffusion.control.t2i_adapter_names import save_condition_encoder
 from refiners.training.distributed import Process
-from refiners.training.recipes.config import TextToImageConfig
+from refiners.training.recipes.config import ResultName, TextToImageConfig
 from refiners.training.recipes.leading import PIXELS, Lead, from_bytes
 from refiners.training.recipes.text_to_image import Choice, load_model, parameters_of, read_pictures, train
 from refiners.training.settings import Section
@@ -27,12 +26,13 @@ class T2IAdapterConfig(Section):
     name: of the result, `<save_folder>/<name>.safetensors`, with the names of diffusers.
     """
 
-    name: str = Field(default="t2i-adapter", pattern=r"^[^/.\\]+$")
+    name: ResultName = "t2i-adapter"
 
 
 class T2IAdapterTrainingConfig(TextToImageConfig):
     """The settings of recipe `t2i_adapter`."""
 
+    IS_LED = True
     recipe: Literal["t2i_adapter"] = "t2i_adapter"
     t2i_adapter: T2IAdapterConfig = T2IAdapterConfig()
 

@@ -20,7 +20,6 @@ from refiners.training.data.pictures import Picture, read_folder, read_hub, with
 from refiners.training.data.scenes import draw_pictures
 from refiners.training.distributed import Process
 from refiners.training.losses import DiffusionLoss
-from refiners.training.optimizers import checked_optimizer
 from refiners.training.recipes.config import TextToImageConfig
 from refiners.training.recipes.judging import JudgeScenes
 from refiners.training.recipes.leading import Lead
@@ -89,7 +88,7 @@ def train(
 ) -> Trainer:
     """Train what a recipe chose on pictures with captions, and save it."""
     loss, reporters = _make_loss(config, sd), make_reporters(config, process)
-    checked_optimizer(config.optimizer.optimizer, **config.optimizer.own_settings)  # before the latents are made
+    first_timestep, end_timestep = config.latent_diffusion.timesteps_of(loss.params.num_train_timesteps)
     dropped = config.latent_diffusion.unconditional_sampling_probability
     captions = replace(choice.captions, drop_probability=dropped)
     items = _prepare_items(config, sd, pictures, process, choice.lead)
@@ -97,8 +96,8 @@ def train(
     encode_text = None if choice.trains_text else _text_cache(config, sd, [*items, *held_out], captions, process)
     rule = SampleRule(
         seed=config.training.seed,
-        first_timestep=config.latent_diffusion.first_timestep,
-        end_timestep=min(config.latent_diffusion.end_timestep, loss.params.num_train_timesteps),
+        first_timestep=first_timestep,
+        end_timestep=end_timestep,
         offset_noise=config.latent_diffusion.offset_noise,
         flip_probability=config.dataset.flip_probability,
         conditioning_drop_probability=choice.lead.drop_probability if choice.lead else 0.0,
@@ -180,7 +179,10 @@ def _prepare_items(
     """Latents of all pictures. Each process works out its share, then all read all."""
     dataset, factor = config.dataset, sd.lda.spec.downsampling_factor
     multiple = factor * 2 ** (len(sd.unet.spec.channels) - 1)
-    sizes = bucket_sizes(dataset.resolution or sd.spec.default_size, multiple, dataset.max_aspect_ratio)
+    resolution = dataset.resolution or sd.spec.default_size
+    if resolution < multiple:
+        raise ConfigError(f"dataset.resolution = {resolution} is below {multiple}, the least that this model can have")
+    sizes = bucket_sizes(resolution, multiple, dataset.max_aspect_ratio)
 
     @torch.no_grad()
     def encode(pixels: Tensor) -> Tensor:

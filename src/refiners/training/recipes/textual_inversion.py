@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from refiners.foundationals.clip import CLIPTextEncoder, CLIPTokenizer, ConceptExtender
@@ -13,9 +13,9 @@ from refiners.foundationals.clip.concepts import Concept
 from refiners.foundationals.clip.text_encoder import TokenEncoder
 from refiners.training.data.captions import CaptionRule
 from refiners.training.distributed import Process
-from refiners.training.recipes.config import TextToImageConfig
+from refiners.training.recipes.config import ResultName, TextToImageConfig
 from refiners.training.recipes.text_to_image import Choice, load_model, parameters_of, read_pictures, train
-from refiners.training.settings import ConfigError, Section
+from refiners.training.settings import ConfigError, Section, TextSetting, TupleOf
 from refiners.training.trainer import Trainer
 from refiners.weights.files import write_safetensors
 
@@ -30,26 +30,46 @@ class TextualInversionConfig(Section):
     name: of the result, `<save_folder>/<name>.safetensors`, which diffusers loads too.
     """
 
-    token: str = Field(default="<concept>", min_length=1)
-    initial_text: str = Field(min_length=1)
+    token: TextSetting = "<concept>"
+    initial_text: TextSetting
     vectors: int = Field(default=1, ge=1, le=75)
-    templates: tuple[str, ...] = ("{}", "a photo of {}", "a picture of {}", "a close view of {}", "{} in the scene")
-    name: str = Field(default="concept", pattern=r"^[^/.\\]+$")
+    templates: TupleOf[tuple[str, ...]] = (
+        "{}",
+        "a photo of {}",
+        "a picture of {}",
+        "a close view of {}",
+        "{} in the scene",
+    )
+    name: ResultName = "concept"
+
+    @field_validator("templates")
+    @classmethod
+    def _have_a_place(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not value:
+            raise ValueError('there is no template; give one such as "a photo of {}"')
+        for template in value:
+            if "{}" not in template:
+                raise ValueError(f"{template!r} has no {{}} in the place of the word")
+        return value
 
 
 class TextualInversionTrainingConfig(TextToImageConfig):
     """The settings of recipe `textual_inversion`."""
 
+    USES_CAPTIONS = False
+
     recipe: Literal["textual_inversion"] = "textual_inversion"
     textual_inversion: TextualInversionConfig
+
+    @property
+    def trains_text_encoder(self) -> bool:
+        """The vectors of the word are a part of it."""
+        return True
 
 
 def run(config: TextualInversionTrainingConfig, process: Process) -> Trainer:
     """Train as the config says. Captions of the data set are not used."""
     settings = config.textual_inversion
-    for template in settings.templates:
-        if "{}" not in template:
-            raise ConfigError(f"textual_inversion.templates: {template!r} has no {{}} in the place of the word")
     captioned = config.dataset.model_copy(update={"default_caption": settings.token})
     pictures = read_pictures(config.model_copy(update={"dataset": captioned}))
     sd = load_model(config, process)
