@@ -9,8 +9,9 @@ from pathlib import Path
 from random import Random
 
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 
+from refiners.fluxion.contact_sheet import contact_sheet
 from refiners.fluxion.utils import tensor_to_image
 from refiners.foundationals.latent_diffusion import StableDiffusion_1
 from refiners.foundationals.latent_diffusion.lora import LoraWeights
@@ -89,7 +90,8 @@ def demonstrate(folder: Path, steps: int) -> Demonstration:
     weights.eject()
     is_restored = all(a.tobytes() == b.tobytes() for a, b in zip(plain, draw(sd, SHOWN), strict=True))
     comparison = folder / "comparison.png"
-    compare([plain, *rows], ["base", *(f"LoRA x {scale:g}" for scale in SCALES)]).save(comparison)
+    titles = ["base", *(f"LoRA x {scale:g}" for scale in SCALES)]
+    contact_sheet([plain, *rows], titles, SHOWN).save(comparison)
     return Demonstration(before[0], after[0], before[1], after[1], is_restored, lora, comparison)
 
 
@@ -165,15 +167,3 @@ def draw(sd: StableDiffusion_1, prompts: Sequence[str]) -> list[Image.Image]:
 def judge(sd: StableDiffusion_1, prompts: Sequence[str]) -> Scores:
     """How well the model obeys, as the reader sees it."""
     return score(draw(sd, prompts), prompts)
-
-
-def compare(rows: Sequence[Sequence[Image.Image]], titles: Sequence[str], side: int = 96) -> Image.Image:
-    """Pictures side by side, a row for each title."""
-    margin = 84
-    sheet = Image.new("RGB", (margin + side * len(rows[0]), side * len(rows)), "white")
-    pen = ImageDraw.Draw(sheet)
-    for row, (images, title) in enumerate(zip(rows, titles, strict=True)):
-        pen.text((6, row * side + side // 2 - 6), title, fill="black")
-        for column, image in enumerate(images):
-            sheet.paste(image.resize((side, side), Image.Resampling.NEAREST), (margin + column * side, row * side))
-    return sheet

@@ -1,14 +1,11 @@
 """How well the embedded model obeys captions of scenes that are held out from training."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from random import Random
 
 import torch
-from PIL import Image
 from torch import Tensor
 
-from refiners.fluxion.utils import tensor_to_image
 from refiners.foundationals.latent_diffusion.autoencoder import LatentDiffusionAutoencoder
 from refiners.foundationals.latent_diffusion.embedded import EMBEDDED_SOLVER_PARAMS
 from refiners.foundationals.scenes.captions import caption_of
@@ -55,12 +52,8 @@ def evaluate(
     guidance: float = GUIDANCE,
     split: Split = Split.HELD_OUT,
     seed: int = 0,
-    picture: Path | None = None,
 ) -> Scores:
-    """Scores on `count` captions, 20 steps each.
-
-    picture: where to put the first 64 as one picture.
-    """
+    """Scores on `count` captions, 20 steps each."""
     captions = held_out_captions(count, seed, split)
     images = torch.cat(
         [
@@ -68,14 +61,4 @@ def evaluate(
             for start in range(0, count, 100)
         ]
     )
-    if picture is not None:
-        tile(images[:64]).save(picture)
     return score(images, captions)
-
-
-def tile(images: Tensor, columns: int = 8, scale: int = 4) -> Image.Image:
-    """Pictures in [-1, 1] side by side, as many as fill whole rows, each pixel `scale` wide."""
-    rows, (channels, height, width) = len(images) // columns, images.shape[1:]
-    grid = images[: rows * columns].reshape(rows, columns, channels, height, width).permute(2, 0, 3, 1, 4)
-    image = tensor_to_image((grid.reshape(1, channels, rows * height, columns * width) + 1) / 2)
-    return image.resize((scale * columns * width, scale * rows * height), Image.Resampling.NEAREST)
