@@ -71,7 +71,7 @@ class FirstOfHalf(fl.ContextModule):
 
 
 def _first_of_each(x: Tensor, windows: int) -> Tensor:
-    rows = x.unflatten(0, (windows, -1))
+    rows = x.reshape(windows, -1, *x.shape[1:])
     return rows[:, :1].expand_as(rows).flatten(0, 1)
 
 
