@@ -1,6 +1,7 @@
 """What is of a wrong type, or for another model: it is said before anything runs."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from PIL import Image
 
 from refiners.fluxion.utils import save_to_safetensors
 from refiners.foundationals.latent_diffusion import (
+    SD1,
     StableDiffusion_1,
     StableDiffusion_1_Inpainting,
 )
@@ -129,6 +131,16 @@ def take_step(model: Any, step: Any, embedding: Any = None) -> Any:
     return model(torch.zeros(1, 4, 8, 8), step=step, clip_text_embedding=embedding)
 
 
+@pytest.mark.parametrize("cls", SPECS)
+def test_a_model_without_a_spec_is_of_the_sizes_of_its_parts(cls: Any) -> None:
+    model = small_model(cls)
+    parts = {"unet": model.unet, "lda": model.lda, "clip_text_encoder": model.clip_text_encoder}
+    whole = cls(**parts)
+    wanted = replace(model.spec, solver_params=whole.spec.solver_params, default_size=whole.spec.default_size)
+    assert replace(whole.spec, vocabulary=wanted.vocabulary, condition_scale=wanted.condition_scale) == wanted
+    assert whole.unet is model.unet and whole.clip_text_encoder is model.clip_text_encoder
+
+
 # -- models that fill in, and those that do not
 
 
@@ -141,7 +153,11 @@ def test_an_inpainting_model_is_not_made_of_another(model: Any) -> None:
     ):
         StableDiffusion_1_Inpainting(**parts, spec=SMALL)
     with pytest.raises(ValueError, match=r"the unet has channels=\(32, 64\), but the spec of the model says \(320,"):
-        StableDiffusion_1(**parts)
+        StableDiffusion_1(**parts, spec=SD1)
+    with pytest.raises(ValueError, match="it is a StableDiffusion_1, so use that"):
+        StableDiffusion_1_Inpainting(**parts)
+    with pytest.raises(ValueError, match="the UNet reads text of width 32, but the text encoder gives 768"):
+        StableDiffusion_1(unet=model.unet)
     for spec, name in ((INPAINTING, "StableDiffusion_1_Inpainting"), (SMALL_XL, "StableDiffusion_XL")):
         with pytest.raises(ValueError, match=f"the spec is no StableDiffusion_1's: it is a {name}, so use that"):
             StableDiffusion_1(spec=spec)

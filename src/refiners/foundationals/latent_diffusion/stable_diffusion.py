@@ -1,6 +1,7 @@
 """What all Stable Diffusions share: text encoders, files, copies and LoRAs around a latent diffusion model."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Self, cast
 
@@ -28,7 +29,7 @@ class StableDiffusion(TextToImage, Generic[TextEncoder]):
 
     unet, lda, clip_text_encoder: None for new ones of the spec's sizes, on `device` and in `dtype`.
     solver: None for DPM-Solver++ with 30 steps.
-    spec: None for that of the released model.
+    spec: None for that of the parts that are given, and of the released model for the others.
     """
 
     default_spec: ClassVar[StableDiffusionSpec | None] = None
@@ -43,9 +44,10 @@ class StableDiffusion(TextToImage, Generic[TextEncoder]):
         dtype: torch.dtype | None = None,
         spec: StableDiffusionSpec | None = None,
     ) -> None:
-        spec = spec or self.default_spec
         if spec is None:
-            raise TypeError(f"{type(self).__name__} has no sizes of its own: give a spec")
+            if self.default_spec is None:
+                raise TypeError(f"{type(self).__name__} has no sizes of its own: give a spec")
+            spec = _spec_of_parts(self.default_spec, unet, lda, clip_text_encoder)
         if self.default_spec is not None and not self.default_spec.is_like(spec):
             raise ValueError(f"the spec is no {type(self).__name__}'s: {_advice_for(spec)}")
         super().__init__(spec, unet, lda, solver, device, dtype)
@@ -147,6 +149,16 @@ def pair_prompts(text: str | Sequence[str], negative_text: str | Sequence[str]) 
     if len(negatives) != len(prompts):
         raise ValueError(f"{len(prompts)} prompts, but {len(negatives)} negative ones: give one, or one for each")
     return [*negatives, *prompts]
+
+
+def _spec_of_parts(default: StableDiffusionSpec, unet: Any, lda: Any, clip_text_encoder: Any) -> StableDiffusionSpec:
+    """The spec with those of the parts that there are."""
+    parts = {"unet": unet, "autoencoder": lda}
+    if isinstance(clip_text_encoder, fl.Chain):
+        for name, path in default.text_encoder_paths.items():
+            parts[name] = clip_text_encoder.get_submodule(path)
+    specs = {name: part.spec for name, part in parts.items() if isinstance(part, fl.Chain)}
+    return replace(default, **specs)
 
 
 def _first_holding(spec: StableDiffusionSpec, cls: type[StableDiffusion]) -> type[StableDiffusion] | None:
