@@ -1,5 +1,6 @@
 """`model.loras`: LoRAs by name, whole or not at all; scales by block, by picture and by step."""
 
+import copy
 from pathlib import Path
 from typing import Any, cast
 
@@ -219,6 +220,20 @@ def test_a_scale_can_be_a_function_of_the_step(sd: StableDiffusion_1, folder: Pa
         assert torch.equal(sd.predict_noise(x, step, text), expected[step])
     sd.loras.remove("detail")
     assert error(sd.predict_noise(x, 0, text), expected[3]) > 1e-4
+
+
+def test_a_copy_follows_the_same_schedule(sd: StableDiffusion_1, folder: Path) -> None:
+    sd.set_num_inference_steps(4)
+    sd.loras.add(folder / "style.safetensors", scale=lambda step, count: 0.5 + step / count)
+    copies = [sd.structural_copy(), copy.deepcopy(sd)]
+    sd.loras.set_scale("style", 2.0)
+    text, x = sd.compute_text_embedding(PROMPTS[:1]), torch.randn(1, 4, 8, 8)
+    for each in copies:
+        for step in each.steps:
+            each.predict_noise(x, step, text)
+            assert each.loras.scales["style"] == {0.5, 0.5 + step / 4}
+        each.loras.remove("style")
+    assert sd.loras.scales["style"] == {2.0}
 
 
 def test_a_text_encoder_keeps_the_scale_of_the_first_step(sd: StableDiffusion_1, folder: Path) -> None:

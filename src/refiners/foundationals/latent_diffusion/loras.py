@@ -3,10 +3,11 @@
 What there is is read off the trees each time, so updates that were injected in another way, or trained, are there too.
 """
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from refiners.adapters.delta import Delta, Scale, checked_scale
 from refiners.adapters.delta_adapter import DeltaAdapter
@@ -33,6 +34,14 @@ class Scheduled:
     schedule: Schedule
     deltas: tuple[tuple[Delta, float], ...]
     early: tuple[tuple[Delta, float], ...] = ()
+
+    def on(self, twins: Mapping[int, Delta]) -> Self:
+        """The same schedule on other updates, by the `id` of ours; those without a twin are left out."""
+        late, early = (
+            tuple((twins[id(delta)], factor) for delta, factor in pairs if id(delta) in twins)
+            for pairs in (self.deltas, self.early)
+        )
+        return type(self)(self.schedule, late, early)
 
     def before_step(self, index: int, count: int) -> None:
         """Set the scales for a step."""
@@ -106,8 +115,7 @@ class Loras:
         """Set how strong the updates of a name are: all, or on an error none. What was compiled stays good.
 
         scale: a number; one for each picture of a batch; or a function of the step, 0 … count - 1, and the count, which
-            the model calls before each step (copies of the model do not take it along); a text encoder, which has run
-            by then, keeps the scale of the first.
+            the model calls before each step; a text encoder, which has run by then, keeps the scale of the first.
         blocks: what the scale is multiplied with in parts of the model, see `lora_blocks`.
         Raises KeyError if there is no such name, TypeError or ValueError if the scale is none or a block fits no layer.
         """
@@ -215,6 +223,13 @@ class Loras:
         if name in self:
             raise ValueError(f"there is a LoRA {name!r} on this model already: give the slot another name")
         return LoraSlot(self._model, rank, name)
+
+    def copy_schedules(self, copy: "Loras") -> None:
+        """Let the updates on a structural copy of the model follow the schedules of these."""
+        if self._schedules:
+            pairs = zip(self._found(), copy._found(), strict=True)
+            twins = {id(ours): theirs for (_, ours), (_, theirs) in pairs}
+            copy._schedules.update({name: scheduled.on(twins) for name, scheduled in self._schedules.items()})
 
     # -- how
 

@@ -116,13 +116,15 @@ class StableDiffusion(TextToImage, Generic[TextEncoder]):
 
     def structural_copy(self) -> Self:
         """The same weights in trees of its own: what adapts one copy does not touch the other."""
-        return type(self)(
+        copy = type(self)(
             unet=self.unet.structural_copy(),
             lda=self.lda.structural_copy(),
             clip_text_encoder=self.clip_text_encoder.structural_copy(),
             solver=self.solver.rebuild(self.solver.num_inference_steps),
             spec=self.spec,
         )
+        self.loras.copy_schedules(copy.loras)
+        return copy
 
 
 def make_text_encoder(
