@@ -185,5 +185,7 @@ def _are_hooked(modules: Sequence[nn.Module], with_children: bool = False) -> bo
 
 def _check_fits(delta: Delta, layer: nn.Module, taken: list[str]) -> None:
     if delta.name in taken:
-        raise ValueError(f"there is a {delta.kind} {delta.name!r} on this layer already: give it another name")
+        raise ValueError(
+            f"there is {delta.kind.with_article} {delta.name!r} on this layer already: give it another name"
+        )
     delta.checked_for(layer)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from refiners.adapters.delta import Delta, Scale
-from refiners.adapters.difference import Difference
+from refiners.adapters.difference import Difference, Replacement
 from refiners.adapters.dora import Dora
 from refiners.adapters.embedding import EmbeddingLora
 from refiners.adapters.glora import Glora
@@ -19,6 +19,7 @@ from refiners.weights.lora_keys.kinds import Kind
 _CLASSES: dict[Kind, type[Delta]] = {
     Kind.DIFFERENCE: Difference,
     Kind.NORM: Difference,
+    Kind.WHOLE: Replacement,
     Kind.EMBEDDING: EmbeddingLora,
     Kind.LOHA: Loha,
     Kind.LOKR: Lokr,

@@ -1,4 +1,4 @@
-"""Full differences: an update as large as the weight and the bias themselves, of any layer that has them."""
+"""Full differences, and whole weights: updates as large as the weight and the bias of a layer themselves."""
 
 from collections.abc import Mapping
 from typing import Any, Self, cast
@@ -64,3 +64,20 @@ class Difference(Delta):
     def bias_direction(self, weight: Tensor, bias: Tensor | None) -> Tensor | None:
         """The difference of the bias."""
         return self.bias
+
+
+class Replacement(Difference):
+    """A weight and a bias in the place of the layer's own: W + scale * (weight - W), b + scale * (bias - b).
+
+    weight, bias: as in `Difference`.
+    """
+
+    kind = Kind.WHOLE
+
+    def direction(self, weight: Tensor) -> Tensor | None:
+        """What leads from the layer's weight to this one."""
+        return None if self.weight is None else self.weight - weight
+
+    def bias_direction(self, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+        """What leads from the layer's bias, zero if it has none, to this one."""
+        return self.bias if self.bias is None or bias is None else self.bias - bias

@@ -17,7 +17,8 @@ class Dora(Delta):
 
     inner: a LoRA, LoHa or LoKr, of scale 1; the scale of the whole is the DoRA's.
     magnitude: m, of shape (out,) or (out, 1, ...) for norms over what each output is made of, as in the paper, peft and
-        LyCORIS; of shape (1, in, 1, ...) for norms over what each input goes to, as in older files.
+        LyCORIS; of shape (1, in, 1, ...) for norms over what each input goes to, as in older files, and of an embedding
+        for norms over each entry of all vectors.
     is_norm_constant: whether gradients take ||V|| for a constant, as the paper (section 4.3) and peft do, which saves
         memory and time; LyCORIS does not. The output is the same.
 
@@ -77,9 +78,11 @@ class Dora(Delta):
 
     def misfit(self, layer: nn.Module) -> str | None:
         """Why this update cannot be added to `layer`, or None if it can."""
-        if not isinstance(layer, nn.Linear | nn.Conv2d):
-            return f"it updates a linear layer or a convolution, not a {type(layer).__name__}"
+        if not isinstance(layer, nn.Linear | nn.Conv2d | nn.Embedding):
+            return f"it updates a linear layer, a convolution or an embedding, not a {type(layer).__name__}"
         shape, (out, inputs) = tuple(self.magnitude.shape), layer.weight.shape[:2]
+        if isinstance(layer, nn.Embedding) and shape != (1, inputs):
+            return f"its magnitude has shape {shape}, for an embedding of {inputs} entries it should be {(1, inputs)}"
         spread = [1] * (len(shape) - 1)
         if shape not in ((out, *spread), (1, inputs, *spread[1:])) or len(shape) > layer.weight.ndim:
             return f"its magnitude has shape {shape}, which is none for {out} outputs or for {inputs} inputs"

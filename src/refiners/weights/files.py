@@ -24,11 +24,19 @@ def read_safetensors(path: Path | str, device: torch.device | str = "cpu") -> di
     Raises ValueError if the file is not exactly as the format demands, RuntimeError for a device that is not there,
     FileNotFoundError, IsADirectoryError.
     """
-    read_header(path)
+    return read_with_metadata(path, device)[0]
+
+
+def read_with_metadata(
+    path: Path | str, device: torch.device | str = "cpu"
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """As `read_safetensors`, and the metadata of the file, {} if it has none."""
+    metadata = read_header(path).metadata
     check_is_available(device)
     place = torch.device(device)
     try:
-        return load_file(path, device="cpu" if place.type == "cpu" else str(place))  # it knows no "cpu:0"
+        tensors = load_file(path, device="cpu" if place.type == "cpu" else str(place))  # it knows no "cpu:0"
+        return tensors, metadata
     except SafetensorError as error:
         raise ValueError(
             f"{path}: safetensors cannot read this onto device {str(device)!r} ({error}); check the device and the file"

@@ -172,12 +172,12 @@ def identify(shapes: Shapes) -> Identity:
 
 
 def _identify_lora(shapes: Shapes) -> Identity | None:
-    """What kinds of update there are, if most of the keys are of updates."""
+    """What kinds of update there are, if most of the keys are of updates; alphas and biases are no evidence."""
     numbered = re.compile(_LORA_FORMS[0][1])
     kinds = {name: _kind(name, numbered) for name in shapes}
     counted = Counter(kind for kind in kinds.values() if kind is not None)
-    numbers = sum(name.endswith(".alpha") for name in shapes)
-    if not counted or 2 * counted.total() < len(shapes) - numbers:
+    neutral = sum(kind is None and name.endswith((".alpha", ".bias")) for name, kind in kinds.items())
+    if not counted or 2 * counted.total() < len(shapes) - neutral:
         return None
     first = next(name for name, kind in kinds.items() if kind is not None)
     form = next(form for form, pattern in _LORA_FORMS if re.match(pattern, first))

@@ -3,6 +3,7 @@
 The tools adapt diffusers' UNet and transformers' text encoder, and save what they learned; alphas are not the ranks.
 """
 
+import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -13,13 +14,19 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
-from lora_specimens import Models, assert_changed, assert_same, load_both, outputs, their_outputs
+from lora_specimens import Models, assert_changed, assert_same, load_both, outputs, their_outputs, write
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from refiners.foundationals.clip import CLIPTextEncoderL
 from refiners.foundationals.latent_diffusion import UNet
-from refiners.foundationals.latent_diffusion.lora import LoraWeights, compare_loras, save_lora
+from refiners.foundationals.latent_diffusion.lora import (
+    LoraWeights,
+    compare_loras,
+    convert_lora,
+    inspect_lora,
+    save_lora,
+)
 from refiners.foundationals.latent_diffusion.lora_places import find_layers
 from refiners.foundationals.latent_diffusion.lora_weights import assign_updates, fitted_update
 from refiners.weights.files import read_safetensors
@@ -30,12 +37,15 @@ with warnings.catch_warnings():  # what others deprecate is not ours to fix
     from lycoris.kohya import PRESET, create_network
     from lycoris.wrapper import create_lycoris
     from peft import (
+        AdaLoraConfig,
         BOFTConfig,
+        HRAConfig,
         IA3Config,
         LoHaConfig,
         LoKrConfig,
         LoraConfig,
         OFTConfig,
+        PeftModel,
         get_peft_model,
         get_peft_model_state_dict,
     )
@@ -137,6 +147,32 @@ PEFT: dict[str, tuple[Callable[[list[str]], Any], dict[str, list[str]]]] = {
     ),
 }
 
+WITH_EMBEDDING = {"unet": ["to_q"], "text_encoder": ["token_embedding", "q_proj"]}
+PEFT |= {
+    "LoRA of an embedding": (lambda names: LoraConfig(r=3, lora_alpha=5, target_modules=names), WITH_EMBEDDING),
+    "DoRA of an embedding": (
+        lambda names: LoraConfig(r=3, lora_alpha=5, use_dora=True, target_modules=names),
+        WITH_EMBEDDING,
+    ),
+    "AdaLoRA": (lambda names: AdaLoraConfig(init_r=5, lora_alpha=7, total_step=9, target_modules=names), ALL),
+    "(IA)^3 of inputs as many as outputs": (
+        lambda names: IA3Config(target_modules=names, feedforward_modules=[name for name in names if name == "conv2"]),
+        {"unet": ["conv1", "conv2"], "text_encoder": ["fc1"]},
+    ),
+}
+# What our files hold as differences: they compute the same, and are not the same bit by bit.
+WHOLE: dict[str, tuple[Callable[[list[str]], Any], dict[str, list[str]]]] = {
+    "LoRA and all biases": (lambda names: LoraConfig(r=3, lora_alpha=5, bias="all", target_modules=names), ALL),
+    "LoRA and whole layers": (
+        lambda names: LoraConfig(r=3, target_modules=names[:2], modules_to_save=names[2:]),
+        {"unet": ["to_q", "proj_in", "conv_out", "norm1"], "text_encoder": ["q_proj", "fc1", "final_layer_norm"]},
+    ),
+    "LoRA with biases": (
+        lambda names: LoraConfig(r=3, lora_alpha=5, lora_bias=True, target_modules=names),
+        {"unet": ["to_out.0", "proj_in", "conv1"], "text_encoder": ["q_proj", "fc1"]},
+    ),
+}
+
 
 @pytest.fixture
 def models() -> Models:
@@ -168,14 +204,15 @@ def lycoris_file(pipeline: Any, path: Path, options: dict[str, Any]) -> Path:
     network: Any = create_network(1.0, RANK, ALPHA, None, text, unet, preset="sparing", **options)
     network.apply_to(text, unet, True, True)
     randomise(network.parameters())
-    network.save_weights(str(path), torch.float32, {})
+    arguments = {name: str(value) for name, value in options.items()}
+    network.save_weights(str(path), torch.float32, {"ss_network_args": json.dumps(arguments)})  # as kohya's scripts
     return path
 
 
 def peft_folder(pipeline: Any, path: Path, kind: str) -> Path:
     """Adapt UNet and text encoder with peft, and save a folder for each."""
     torch.manual_seed(0)
-    configure, targets = PEFT[kind]
+    configure, targets = (PEFT | WHOLE)[kind]
     for component, names in targets.items():
         adapted: Any = get_peft_model(getattr(pipeline, component), configure(names))
         randomise(parameter for parameter in adapted.parameters() if parameter.requires_grad)
@@ -243,6 +280,132 @@ def test_peft_computes_the_same_and_our_files_do_too(models: Models, tmp_path: P
     assert_same(outputs(fresh), outputs(models[0]))
     comparison = compare_loras(source, tmp_path / "b.safetensors", load_both()[0])
     assert comparison.equal_count == len(comparison.layers)
+
+
+@pytest.mark.parametrize("kind", WHOLE)
+def test_biases_and_whole_layers_of_peft_compute_the_same(models: Models, tmp_path: Path, kind: str) -> None:
+    source = peft_folder(models[1], tmp_path / "a", kind)
+    kinds = assert_computes_the_same(models, source)
+    assert kinds == {Kind.LORA, Kind.DIFFERENCE if kind == "LoRA with biases" else Kind.WHOLE}
+    save_lora(tmp_path / "b.safetensors", models[0])
+    fresh, _ = load_both()
+    before = outputs(fresh)
+    weights = LoraWeights(tmp_path / "b.safetensors")
+    weights.patch(fresh)
+    assert_same(outputs(fresh), outputs(models[0]))
+    weights.eject()
+    assert all(torch.equal(*pair) for pair in zip(outputs(fresh), before, strict=True))
+    if Kind.WHOLE in kinds:
+        with pytest.raises(ValueError, match="has a whole weight or bias, and files hold differences"):
+            convert_lora(source, tmp_path / "c.safetensors", fresh)
+
+
+def test_ranks_that_adalora_took_away_are_gone(models: Models, tmp_path: Path) -> None:
+    _, theirs = models
+    torch.manual_seed(0)
+    config = AdaLoraConfig(init_r=5, lora_alpha=7, total_step=9, target_modules=["to_q", "conv1"])
+    adapted: Any = get_peft_model(theirs.unet, config)
+    randomise(parameter for parameter in adapted.parameters() if parameter.requires_grad)
+    values = {name: value for name, value in adapted.base_model.model.named_parameters() if "lora_E" in name}
+    kept = {name: [(index + line) % 3 > 1 for line in range(5)] for index, name in enumerate(values)}
+    kept[next(iter(kept))] = [False] * 5
+    with torch.no_grad():
+        for name, value in values.items():
+            value[[not each for each in kept[name]]] = 0
+    config.rank_pattern = kept
+    adapted.eval().save_pretrained(tmp_path / "unet")
+    ours, before, expected = models[0], outputs(models[0]), their_outputs(theirs)
+    report = LoraWeights(tmp_path).patch(ours)
+    assert_changed(before, expected, "unet")
+    assert_same(outputs(ours), expected)
+    assert {update.rank for update in report.attached} <= {1, 2} and len(report.attached) == len(kept) - 1
+
+
+def test_the_weights_of_a_peft_folder_stand_for_all_of_it(models: Models, tmp_path: Path) -> None:
+    source = peft_folder(models[1], tmp_path / "a", "LoRA")
+    for path in (source / "unet", source / "unet/adapter_model.safetensors"):
+        weights = LoraWeights(path)
+        assert {update.alpha for update in weights.patch(models[0]).attached} == {5}
+        weights.eject()
+
+
+def test_an_adapter_of_peft_that_is_of_no_known_kind_is_called_by_its_type(models: Models, tmp_path: Path) -> None:
+    ours, theirs = models
+    get_peft_model(theirs.unet, HRAConfig(r=4, target_modules=["to_q"])).save_pretrained(tmp_path / "a")
+    with pytest.raises(ValueError, match="a is an adapter of peft's HRA; nothing of it can be attached"):
+        LoraWeights(tmp_path / "a").patch(ours)
+    text = str(inspect_lora(tmp_path / "a", ours))
+    assert "  peft's HRA, which cannot be loaded" in text and "and peft's HRA cannot be loaded" in text
+
+
+def test_a_whole_model_is_no_adapter(models: Models, tmp_path: Path) -> None:
+    ours, theirs = models
+    path = write(tmp_path / "unet.safetensors", theirs.unet.state_dict())
+    with pytest.raises(ValueError, match="is no LoRA but UNet"):
+        LoraWeights(path).patch(ours, strict=False)
+
+
+def test_a_rank_stabilised_lokr_of_whole_matrices_is_as_strong_as_in_training(models: Models, tmp_path: Path) -> None:
+    source = lycoris_file(models[1], tmp_path / "a.safetensors", {"algo": "lokr", "full_matrix": True, "rs_lora": True})
+    assert assert_computes_the_same(models, source) == {Kind.LOKR}
+    save_lora(tmp_path / "b.safetensors", models[0])
+    fresh, _ = load_both()
+    LoraWeights(tmp_path / "b.safetensors").patch(fresh)
+    assert_same(outputs(fresh), outputs(models[0]))
+
+
+@pytest.mark.parametrize("kind", PEFT)
+def test_peft_computes_the_same_from_the_folders_that_we_write(models: Models, tmp_path: Path, kind: str) -> None:
+    source = peft_folder(models[1], tmp_path / "a", kind)
+    expected = their_outputs(models[1])
+    LoraWeights(source).patch(models[0])
+    save_lora(tmp_path / "b", models[0], format="peft")
+    assert_same(peft_outputs(tmp_path / "b"), expected)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["LoCon", "LoCon, rank-stabilised", "LoHa", "LoHa, Tucker", "LoKr", "LoKr of whole matrices", "LoKr, Tucker"],
+)
+def test_peft_computes_what_lycoris_does_from_the_folders_that_we_write(
+    models: Models, tmp_path: Path, kind: str
+) -> None:
+    options, _ = LYCORIS[kind]
+    source = lycoris_file(models[1], tmp_path / "a.safetensors", options)
+    expected = their_outputs(models[1])
+    convert_lora(source, tmp_path / "b", models[0], "peft")
+    assert_same(peft_outputs(tmp_path / "b"), expected)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("LoCon, Tucker", "has the core of a Tucker decomposition: peft cannot hold that, write kohya's form"),
+        ("LoCon and norms", "is a norm difference: peft"),
+        ("DoRA of inputs", "is a DoRA with a magnitude for each input: peft"),
+        ("LoHa in a DoRA", "is a DoRA of a LoHa: peft"),
+        # peft does not put the smaller one first
+        ("LoKr of four factors", r"unet\.DownBlocks\.Chain_1\.Conv2d has a first matrix of \(4, 1\), and no factor"),
+        ("OFT with a limit", "is an OFT that turns outputs, where peft turns inputs: peft"),
+        ("BOFT", "is an OFT that turns outputs, where peft turns inputs: peft"),
+        ("GLoRA", "is a GLoRA: peft"),
+        ("(IA)^3", r"is an \(IA\)\^3 that leaves out the bias, where peft has it: peft"),
+    ],
+)
+def test_what_peft_cannot_hold_is_refused(models: Models, tmp_path: Path, kind: str, message: str) -> None:
+    options, _ = LYCORIS[kind]
+    source = lycoris_file(models[1], tmp_path / "a.safetensors", options)
+    with pytest.raises(ValueError, match=message):
+        convert_lora(source, tmp_path / "b", models[0], "peft")
+    assert not (tmp_path / "b").exists()
+
+
+def peft_outputs(folder: Path) -> tuple[Tensor, Tensor]:
+    """Of a fresh pipeline with the adapters of a folder."""
+    _, pipeline = load_both()
+    for component in ("unet", "text_encoder"):
+        PeftModel.from_pretrained(getattr(pipeline, component), str(folder / component))
+    return their_outputs(pipeline)
 
 
 @pytest.mark.parametrize("form", ["diffusers", "peft"])

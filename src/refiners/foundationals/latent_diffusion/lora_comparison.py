@@ -51,22 +51,23 @@ class LoraComparison:
         return f"{text}, the others differ by up to {worst.error:.1e} of the update ({worst.path})"
 
 
-def compare_loras(first: Path | str, second: Path | str, model: Patchable) -> LoraComparison:
+def compare_loras(first: Path | str, second: Path | str, model: Patchable, strict: bool = True) -> LoraComparison:
     """Compare what two files do to each layer of a model.
 
     model: that they are for. If it is on the meta device, updates that depend on its weights and are not equal bit by
         bit are compared tensor by tensor.
+    strict: whether a key without a place in the model is an error.
     Raises ValueError if a file does not fit the model.
     """
     layers = find_layers(model)
-    ours, theirs = (_by_path(path, model) for path in (first, second))
+    ours, theirs = (_by_path(path, model, strict) for path in (first, second))
     paths = [path for path in layers if path in ours or path in theirs]
     return LoraComparison(tuple(_compared(layers[path], ours.get(path, []), theirs.get(path, [])) for path in paths))
 
 
-def _by_path(path: Path | str, model: Patchable) -> dict[str, list[LoraUpdate]]:
+def _by_path(path: Path | str, model: Patchable, strict: bool) -> dict[str, list[LoraUpdate]]:
     found: dict[str, list[LoraUpdate]] = {}
-    for update in LoraWeights(path).read_for(model).updates:
+    for update in LoraWeights(path).read_for(model, strict).updates:
         found.setdefault(update.place.path, []).append(update)
     return found
 

@@ -2,12 +2,14 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from refiners.adapters.delta import Delta, RankedDelta
 from refiners.adapters.deltas import kind_of_parts
+from refiners.adapters.difference import Replacement
 from refiners.adapters.low_rank import Conv2dLora
 from refiners.adapters.orthogonal import InputBoft, InputOft
 from refiners.foundationals.latent_diffusion.lora_places import Layer, Patchable, find_deltas, find_layers
@@ -56,15 +58,17 @@ def convert_lora(
     model: Patchable,
     format: str = "kohya",
     dtype: torch.dtype | None = None,
+    strict: bool = True,
 ) -> int:
     """Write a LoRA file in another format, and return of how many layers. Updates stay what they are, bit by bit.
 
     model: that it is for; its weights are not used, so it may be on the meta device.
     dtype: None for that of the file.
+    strict: whether a key without a place in the model is an error; otherwise it is left out.
     Raises ValueError if not all of the file can be used with the model, or if values leave the range of `dtype`.
     """
     form = check_format(format)
-    updates = [in_dtype(update, dtype) for update in LoraWeights(source).read_for(model).updates]
+    updates = [in_dtype(update, dtype) for update in LoraWeights(source).read_for(model, strict).updates]
     save_updates(target, updates, form)
     return len(updates)
 
@@ -99,6 +103,8 @@ def _update(layer: Layer | None, delta: Delta, dtype: torch.dtype | None) -> Lor
     if layer is None:
         raise ValueError(f"LoRA {delta.name!r} is on a layer that is no part of the model itself: no format names it")
     kind, parts, place = kind_of_parts(delta), delta.parts(), layer.place
+    if isinstance(delta, Replacement):  # no format has whole weights
+        kind, parts = Kind.DIFFERENCE, _difference(delta, layer)
     if kind is Kind.DIFFERENCE and place.layer == "norm":
         kind = Kind.NORM
     if isinstance(delta, Conv2dLora) and delta.mid is None:
@@ -108,6 +114,13 @@ def _update(layer: Layer | None, delta: Delta, dtype: torch.dtype | None) -> Lor
     if isinstance(delta, InputOft | InputBoft):
         alpha = None  # these have none in peft, and nobody else has them
     return in_dtype(LoraUpdate(place, place.path, kind, parts, alpha, rank), dtype)
+
+
+@torch.no_grad()
+def _difference(delta: Replacement, layer: Layer) -> dict[str, Tensor]:
+    weight, bias = cast(Tensor, layer.module.weight), cast("Tensor | None", getattr(layer.module, "bias", None))
+    found = {"weight": delta.direction(weight), "bias": delta.bias_direction(weight, bias)}
+    return {part: tensor for part, tensor in found.items() if tensor is not None}
 
 
 def _check_geometry(lora: Conv2dLora, place: Place) -> None:

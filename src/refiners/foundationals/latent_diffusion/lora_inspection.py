@@ -11,7 +11,16 @@ from refiners.foundationals.latent_diffusion.lora_places import Patchable, find_
 from refiners.foundationals.latent_diffusion.lora_report import AttachedUpdate, LoraReport, attached_update
 from refiners.foundationals.latent_diffusion.lora_weights import assign_updates, fitted_update
 from refiners.weights.formats import Identity, identify
-from refiners.weights.lora_keys import Kind, LeftOut, LoraFile, alpha_of, read_lora, split_key, starts_with_rank
+from refiners.weights.lora_keys import (
+    Kind,
+    LeftOut,
+    LoraFile,
+    alpha_of,
+    read_lora,
+    split_key,
+    starts_with_rank,
+    strange_types,
+)
 
 _GENERAL = (Kind.LORA, Kind.WHOLE)  # parts that an update of a more special kind has as well
 
@@ -23,6 +32,7 @@ class LoraInspection:
     kinds: of updates, and how many layers have each. ranks: how many layers have each.
     alphas: in increasing order; there are none where the strength of every layer is 1.
     dtypes: how many tensors have each number format, alphas left out.
+    strange: what peft calls adapters of kinds that cannot be loaded, if its settings say that this is one.
     report: what would attach to the model that was asked for; None if none was.
     """
 
@@ -32,6 +42,7 @@ class LoraInspection:
     ranks: Mapping[int, int] = field(default_factory=dict[int, int])
     alphas: tuple[float, ...] = ()
     dtypes: Mapping[torch.dtype, int] = field(default_factory=dict[torch.dtype, int])
+    strange: tuple[str, ...] = ()
     report: LoraReport | None = None
 
     def __str__(self) -> str:
@@ -43,18 +54,19 @@ class LoraInspection:
         lines += [f"  number formats: {dtypes} tensors"] if dtypes else []
         lines += [f"  ranks: {ranks}"] if ranks else []
         lines += [f"  alphas: {alphas or 'those of the ranks'}"] if kinds else []
+        lines += [f"  peft's {' and '.join(self.strange)}, which cannot be loaded"] if self.strange else []
         return "\n".join([*lines, *([f"  would do: {self.report}"] if self.report else [])])
 
 
-def inspect_lora(path: Path | str, model: Patchable | None = None) -> LoraInspection:
+def inspect_lora(lora: Path | str | LoraFile, model: Patchable | None = None) -> LoraInspection:
     """Say what a LoRA file or adapter folder is: family, format, kinds, number formats, ranks and alphas.
 
-    Files are mapped into memory, so their weights are not read.
+    lora: where it is, or what `read_lora` read. Files are mapped into memory, so their weights are not read.
     model: to say also what would attach to it, and what not and why.
     Raises ValueError if the file is damaged or no weights file, or has one part of a layer twice, FileNotFoundError if
     there is none.
     """
-    file = read_lora(path)
+    file = lora if isinstance(lora, LoraFile) else read_lora(lora)
     identity = identify({key: tuple(tensor.shape) for key, tensor in file.tensors.items()})
     kinds: dict[str, Kind] = {}
     ranks: dict[str, int] = {}
@@ -80,6 +92,7 @@ def inspect_lora(path: Path | str, model: Patchable | None = None) -> LoraInspec
         ranks=Counter(ranks.values()),
         alphas=tuple(sorted(alphas)),
         dtypes=dtypes,
+        strange=tuple(strange_types(file.settings)),
         report=None if model is None else _foresee(file, model),
     )
 

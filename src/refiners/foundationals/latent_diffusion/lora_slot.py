@@ -66,8 +66,8 @@ class LoraSlot:
     def _check(self, path: Path, update: LoraUpdate) -> None:
         if update.shown_kind is not Kind.LORA:
             raise ValueError(
-                f"{path}: {update.name!r} is a {update.shown_kind}, and a slot holds LoRA only: convert the file to "
-                "LoRA, or add it to model.loras"
+                f"{path}: {update.name!r} is {update.shown_kind.with_article}, and a slot holds LoRA only: convert the "
+                "file to LoRA, or add it to model.loras"
             )
         if (update.rank or 0) > self.rank:
             raise ValueError(

@@ -37,8 +37,12 @@ from refiners.weights.lora_keys import (
     fit_parts,
     parse_updates,
     read_lora,
+    strange_types,
 )
 
+_ADVICE = (
+    "to leave them out, pass strict=False, or write a file without them: refiners convert IN OUT --to kohya --lenient"
+)
 _DIFFERENCE = " (difference)"
 _COMPUTED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -135,10 +139,12 @@ class LoraWeights:
         _check_family(path, identity, model)
         contents = assign_updates(self.file, model, layers)
         if not contents.updates and identity.content is not Content.LORA:
-            raise ValueError(f"{path} is no LoRA but {identity}; nothing of it can be attached")
+            strange = strange_types(self.file.settings)
+            what = f"an adapter of peft's {' and '.join(strange)}" if strange else f"no LoRA but {identity}"
+            raise ValueError(f"{path} is {what}; nothing of it can be attached")
         if contents.left_out and (strict or not contents.updates):
             count, first = len(contents.left_out), contents.left_out[0]
-            advice = "; pass strict=False to leave them out" if contents.updates else ""
+            advice = f"; {_ADVICE}" if contents.updates else ""
             raise ValueError(
                 f"{path}: {count} of {len(tensors)} keys cannot be used here, the first is {first}{advice}"
             )
@@ -205,7 +211,7 @@ def file_name(name: str) -> str:
 
 def _name_of(update: LoraUpdate, name: str) -> str:
     """The name of an update on its layer, where a full difference of the same file may be as well."""
-    return f"{name}{_DIFFERENCE}" if update.kind in (Kind.DIFFERENCE, Kind.NORM) else name
+    return f"{name}{_DIFFERENCE}" if update.kind in (Kind.DIFFERENCE, Kind.NORM, Kind.WHOLE) else name
 
 
 def _values(path: Path, updates: tuple[LoraUpdate, ...]) -> Iterator[tuple[str, Tensor]]:

@@ -22,6 +22,7 @@ from refiners.weights.lora_keys.updates import (
     fit_parts,
     parse_updates,
     starts_with_rank,
+    strange_types,
 )
 from refiners.weights.lora_keys.writing import LoraFormat, check_format, format_updates, save_updates
 
@@ -53,4 +54,5 @@ __all__ = [
     "save_updates",
     "split_key",
     "starts_with_rank",
+    "strange_types",
 ]

@@ -11,6 +11,7 @@ class Kind(StrEnum):
     """A kind of update, by the name that people know it by."""
 
     LORA = "LoRA"
+    ADALORA = "AdaLoRA"
     DORA = "DoRA"
     LOHA = "LoHa"
     LOKR = "LoKr"
@@ -26,6 +27,15 @@ class Kind(StrEnum):
     VERA = "VeRA"
     WHOLE = "whole weight"
     CUSTOM = "Custom Diffusion"
+
+    @property
+    def with_article(self) -> str:
+        """As in a sentence.
+
+        >>> Kind.LORA.with_article, Kind.OFT.with_article
+        ('a LoRA', 'an OFT')
+        """
+        return f"{'an' if self in (Kind.ADALORA, Kind.OFT, Kind.IA3) else 'a'} {self}"
 
 
 class Key(NamedTuple):
@@ -52,6 +62,8 @@ _PARTS: dict[str, tuple[Kind | None, str]] = {
     "lora_up.bias": (Kind.BIAS, "bias"),
     "lora_B.bias": (Kind.BIAS, "bias"),
     "lora_B.*.bias": (Kind.BIAS, "bias"),
+    "lora_E": (Kind.ADALORA, "values"),
+    "lora_E.*": (Kind.ADALORA, "values"),
     "scalar": (Kind.SCALAR, "scalar"),
     "diff": (Kind.DIFFERENCE, "weight"),
     "diff_b": (Kind.DIFFERENCE, "bias"),
@@ -80,6 +92,8 @@ for _ours, _names in {"down": ("down", "A"), "up": ("up", "B")}.items():
     _PARTS[f"lora_linear_layer.{_names[0]}.weight"] = (Kind.LORA, _ours)
     _PARTS[f"lora_embedding_{_names[1]}"] = (Kind.EMBEDDING, _ours)
     _PARTS[f"lora_embedding_{_names[1]}.*"] = (Kind.EMBEDDING, _ours)
+    _PARTS[f"lora_{_names[1]}"] = (Kind.ADALORA, _ours)
+    _PARTS[f"lora_{_names[1]}.*"] = (Kind.ADALORA, _ours)
 for _stem, _kind, _factors in (
     ("hada", Kind.LOHA, ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")),
     ("lokr", Kind.LOKR, ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t1", "t2")),

@@ -32,6 +32,9 @@ class Settings:
     cayley_terms: of the series that OFT has for a turn; 0 if it is worked out exactly.
     turn_limit: of the norm of all turns of an OFT together, which peft keeps them to whenever it runs ("COFT"); None
         for none.
+    peft_type: what peft calls this kind of adapter; None where the settings are not peft's.
+    first_rank: of an AdaLoRA, whose layers began with this rank and keep its strength; else 0.
+    on_inputs: ends of the names of layers whose inputs an (IA)^3 scales.
     """
 
     alpha: float | None
@@ -41,9 +44,14 @@ class Settings:
     ranks: Mapping[str, float] = field(default_factory=dict[str, float])
     cayley_terms: int = CAYLEY_TERMS
     turn_limit: float | None = None
+    peft_type: str | None = None
+    first_rank: float = 0.0
+    on_inputs: tuple[str, ...] = ()
 
     def alpha_of(self, name: str, rank: int | float) -> float:
         """The alpha for alpha / rank, the rank if none is said; name: of the layer, with dots, as in the model."""
+        if self.first_rank:  # arXiv 2303.10512; the small number is peft's
+            return (self.alpha if self.alpha and self.alpha > 0 else self.first_rank) / (self.first_rank + 1e-5) * rank
         alpha = _matching(name, self.alphas, self.alpha)
         if alpha is None:
             return float(rank)
@@ -94,7 +102,33 @@ def _settings(where: str, values: dict[str, object]) -> Settings:
         ranks=_pattern(where, "rank_pattern", with_rank),
         cayley_terms=_cayley_terms(where, values),
         turn_limit=_number(where, "eps", values.get("eps")) if _boolean(where, "coft", values.get("coft")) else None,
+        peft_type=_text(where, "peft_type", values.get("peft_type")),
+        first_rank=_first_rank(where, values),
+        on_inputs=_on_inputs(where, values.get("feedforward_modules")),
     )
+
+
+def _first_rank(where: str, values: dict[str, object]) -> float:
+    if values.get("peft_type") != "ADALORA":
+        return 0.0
+    rank = _number(where, "init_r", values.get("init_r"))
+    if rank < 1:
+        raise ValueError(f"{where}: init_r should be at least 1, but it is {rank:g}")
+    return rank
+
+
+def _on_inputs(where: str, value: object) -> tuple[str, ...]:
+    names = cast("list[object]", value) if isinstance(value, list) else [] if value is None else [None]
+    found = tuple(name for name in names if isinstance(name, str))
+    if len(found) < len(names):
+        raise ValueError(f"{where}: feedforward_modules should be a list of names, but it is {value!r:.80}")
+    return found
+
+
+def _text(where: str, name: str, value: object) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"{where}: {name} should be a text, but it is {value!r:.80}")
+    return value
 
 
 def _cayley_terms(where: str, values: dict[str, object]) -> int:

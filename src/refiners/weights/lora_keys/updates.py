@@ -18,6 +18,7 @@ _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 # The parts that an update of a kind cannot do without: any of these sets will do.
 _NEEDED: dict[Kind, tuple[set[str], ...]] = {
     Kind.LORA: ({"down", "up"},),
+    Kind.ADALORA: ({"down", "up", "values"},),
     Kind.EMBEDDING: ({"down", "up"},),
     Kind.LOHA: ({"w1_a", "w1_b", "w2_a", "w2_b"},),
     Kind.LOKR: tuple(
@@ -31,11 +32,14 @@ _NEEDED: dict[Kind, tuple[set[str], ...]] = {
 # Parts whose first dimension is the rank.
 _RANK_FIRST: dict[Kind, tuple[str, ...]] = {
     Kind.LORA: ("down",),
+    Kind.ADALORA: ("down",),
     Kind.EMBEDDING: ("down",),
     Kind.LOHA: ("w1_b",),
     Kind.LOKR: ("w2_b", "w1_b"),
     Kind.GLORA: ("a2",),
 }
+# What a layer may have besides an update of another kind: changes of its own, of the bias for the most part.
+_COMPANIONS = (Kind.DIFFERENCE, Kind.NORM, Kind.WHOLE)
 _WITH_ALPHA = (*_RANK_FIRST, Kind.OFT)  # that of an OFT is its constraint
 _COUNTS = ("on_input", "terms")  # parts that are whole numbers
 _MOST = 100  # that they can be: what they count is worked out as often
@@ -109,27 +113,32 @@ def parse_updates(tensors: Mapping[str, Tensor], settings: Mapping[str, Settings
     settings: as read by `parse_settings`.
     Raises ValueError if two keys are the same part of the same layer, or if an alpha is no number.
     """
-    groups, left_out = _group(tensors, places)
+    groups, left_out = _group(tensors, settings, places)
     updates: list[LoraUpdate] = []
     for place, group in groups.items():
         used: set[str] = set()
         kinds, reason = _kinds_of(group)
         for kind in kinds:
-            update, keys = _update(place, group, kind, tensors, settings)
-            updates.append(update)
+            found, keys = _updates_of(place, group, kind, tensors, settings)
+            updates += found
             used |= keys
         left_out += [LeftOut(key, reason) for key in group.keys.values() if key not in used]
+    if not settings and all(update.kind is Kind.WHOLE for update in updates):  # a model, or a part of one
+        keys = [key for group in groups.values() for key in group.of(Kind.WHOLE).values()]
+        return LoraContents((), (*left_out, *(LeftOut(key, "whole weights alone are no adapter") for key in keys)))
     return LoraContents(tuple(updates), tuple(left_out))
 
 
-def _group(tensors: Mapping[str, Tensor], places: Places) -> tuple[dict[Place, _Group], list[LeftOut]]:
+def _group(
+    tensors: Mapping[str, Tensor], settings: Mapping[str, Settings], places: Places
+) -> tuple[dict[Place, _Group], list[LeftOut]]:
     groups: dict[Place, _Group] = {}
     left_out: list[LeftOut] = []
     for key in tensors:
         found = split_key(key)
         place = places.find(found.layer) if found else None
         if found is None or place is None:
-            left_out.append(_explain(key, found, places, can_look=len(left_out) < _MAX_EXPLAINED))
+            left_out.append(_explain(key, found, settings, places, can_look=len(left_out) < _MAX_EXPLAINED))
             continue
         group = groups.setdefault(place, _Group(found.layer))
         other = group.keys.setdefault((found.kind, found.part), key)
@@ -142,15 +151,14 @@ def _group(tensors: Mapping[str, Tensor], places: Places) -> tuple[dict[Place, _
 
 
 def _kinds_of(group: _Group) -> tuple[list[Kind], str]:
-    """Which updates the parts of a layer make up, and why what is left of them makes up none.
-
-    A full difference, as of a bias, may come with an update of another kind.
-    """
+    """Which updates the parts of a layer make up, and why what is left of them makes up none."""
     there = {kind for kind, _ in group.keys if kind is not None}
-    kinds = [kind for kind in (Kind.DIFFERENCE, Kind.NORM) if kind in there]
-    others = sorted(there - {Kind.DORA, Kind.DIFFERENCE, Kind.NORM})
-    if Kind.IA3 in others:
-        others = [kind for kind in others if kind is not Kind.WHOLE]
+    if Kind.IA3 in there:
+        there -= {Kind.WHOLE}  # its weight is called so
+    if Kind.LORA in there:
+        there -= {Kind.BIAS}
+    kinds = [kind for kind in _COMPANIONS if kind in there]
+    others = sorted(there - {Kind.DORA, *_COMPANIONS})
     if len(others) > 1 or (others and others[0] not in _NEEDED):
         strange = next((kind for kind in others if kind not in _NEEDED), None)
         if strange is None:
@@ -170,19 +178,27 @@ def _kinds_with(kind: Kind) -> tuple[Kind, ...]:
     """The kinds whose parts an update of this kind takes."""
     if kind is Kind.IA3:
         return Kind.IA3, Kind.WHOLE
-    return (kind, Kind.DORA) if kind in (Kind.LORA, Kind.LOHA, Kind.LOKR) else (kind,)
+    return (kind, Kind.DORA) if kind in (Kind.LORA, Kind.EMBEDDING, Kind.LOHA, Kind.LOKR) else (kind,)
 
 
-def _explain(key: str, found: Key | None, places: Places, can_look: bool) -> LeftOut:
+def _explain(key: str, found: Key | None, settings: Mapping[str, Settings], places: Places, can_look: bool) -> LeftOut:
     if found is None:
-        return LeftOut(key, "it ends in no part of any known kind of update")
+        strange = strange_types(settings)
+        of_peft = f", and peft's {' and '.join(strange)} cannot be loaded" if strange else ""
+        return LeftOut(key, f"it ends in no part of any known kind of update{of_peft}")
     return LeftOut(key, "no layer of this model has this name", places.nearest(found.layer) if can_look else None)
 
 
-def _update(
+def strange_types(settings: Mapping[str, Settings]) -> list[str]:
+    """What peft calls adapters of these settings, where it is a kind that cannot be loaded."""
+    types = {own.peft_type for own in settings.values() if own.peft_type is not None}
+    return sorted(types - {"LORA", "ADALORA", "LOHA", "LOKR", "OFT", "BOFT", "IA3"})
+
+
+def _updates_of(
     place: Place, group: _Group, kind: Kind, tensors: Mapping[str, Tensor], settings: Mapping[str, Settings]
-) -> tuple[LoraUpdate, set[str]]:
-    """An update, and the keys of it."""
+) -> tuple[list[LoraUpdate], set[str]]:
+    """An update, if it does anything, and the keys of it; with it the bias that a LoRA may have on its way up."""
     keys = group.of(*_kinds_with(kind))
     parts = {part: tensors[key] for part, key in keys.items()}
     alpha, rank, used = None, _rank_of(kind, parts), set(keys.values())
@@ -194,8 +210,17 @@ def _update(
     name = place.names[0].removeprefix(place.component.hidden)
     if alpha is None and rank is not None:
         alpha = float(rank) if own is None else _single(own.alpha_of(name, rank))
-    parts = as_of_lycoris(kind, parts, keys, own, name)
-    return LoraUpdate(place, group.name, kind, parts, alpha, rank), used
+    parts = as_of_lycoris(kind, parts, keys, own, name, alpha)
+    if kind is Kind.ADALORA and rank == 0:  # its training has found the layer to need none
+        return [], used
+    usual = Kind.LORA if kind is Kind.ADALORA else kind
+    updates = [LoraUpdate(place, group.name, usual, parts, alpha, rank)]
+    bias_key = group.keys.get((Kind.BIAS, "bias"))
+    if kind is Kind.LORA and bias_key is not None:
+        bias = {"bias": tensors[bias_key] * updates[0].strength}
+        updates.append(LoraUpdate(place, group.name, Kind.DIFFERENCE, bias))
+        used.add(bias_key)
+    return updates, used
 
 
 def starts_with_rank(kind: Kind | None, part: str) -> bool:
