@@ -8,7 +8,7 @@ import pytest
 import torch
 from cli_specimens import ROOT, fail, python, succeed
 from diffusion_specimens import SMALL, small_folder
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from refiners.fluxion.utils import load_from_safetensors
@@ -100,6 +100,18 @@ def test_a_lora_in_half_and_as_a_folder(folder: Path, lora: Path) -> None:
     )
 
 
+def test_what_has_no_place_is_left_out_only_if_that_is_asked_for(folder: Path, lora: Path) -> None:
+    stored = load_file(lora)
+    save_file({**stored, "lora_unet_no_such_layer.alpha": torch.tensor(1.0)}, "more.safetensors")
+    arguments = ("convert", "more.safetensors", "--to", "kohya", "fewer.safetensors", "--model", folder)
+    assert "refiners convert IN OUT --to kohya --lenient" in fail(*arguments)
+    assert not Path("fewer.safetensors").exists()
+    output = succeed(*arguments, "--lenient")
+    assert "left out 'lora_unet_no_such_layer.alpha': no layer of this model has this name" in output
+    assert re.search(r"read it again: (\d+) of \1 layers are equal bit by bit", output)
+    assert_same(load_file("fewer.safetensors"), stored)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -108,6 +120,7 @@ def test_a_lora_in_half_and_as_a_folder(folder: Path, lora: Path) -> None:
         (["FOLDER", "--to", "single-file", "x"], "give it a name that ends in .safetensors"),
         (["FOLDER", "--to", "parts", "x.safetensors"], "the form parts is a folder"),
         (["FOLDER", "--to", "parts", "x", "--model", "FOLDER"], "--model is for LoRAs"),
+        (["FOLDER", "--to", "parts", "x", "--lenient"], "--lenient is for LoRAs"),
         (["LORA", "--to", "single-file", "x.safetensors", "--model", "FOLDER"], "no LoRA format 'single-file'"),
         (["LORA", "--to", "kohya", "no/x.safetensors", "--model", "FOLDER"], "the folder "),
         (["FOLDER/unet/diffusion_pytorch_model.safetensors", "--to", "parts", "x"], "no whole model, but UNet"),

@@ -9,6 +9,7 @@ from diffusion_specimens import SMALL
 
 from refiners.cli.reports import pruned_tree
 from refiners.foundationals.latent_diffusion import StableDiffusion_1
+from refiners.weights import header
 from refiners.weights.files import write_safetensors
 
 
@@ -77,6 +78,14 @@ def test_a_lora_says_what_would_attach(folder: Path, lora: Path) -> None:
     assert "ranks: 2 on " in output and "layers of unet; LoRA of rank 2" in output
     other = succeed("inspect", lora)
     assert "'style': nothing attached" in other and other.count("do not fit the linear") == 74
+
+
+def test_the_header_of_a_lora_is_parsed_once(lora: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed: list[object] = []
+    parse = header._parse
+    monkeypatch.setattr(header, "_parse", lambda path, text: parsed.append(path) or parse(path, text))
+    succeed("inspect", lora)
+    assert parsed == [lora]
 
 
 def test_a_torch_file_of_something_else(tmp_path: Path) -> None:

@@ -30,42 +30,57 @@ ModelName = Annotated[
 ]
 
 
+Lenient = Annotated[
+    bool, typer.Option("--lenient", help="Of a LoRA: leave out what has no place in the model, and say what that is.")
+]
+
+
 def convert(
-    source: Source, target: Target, form: Form, half: Half = False, model: ModelName = None, debug: Debug = False
+    source: Source,
+    target: Target,
+    form: Form,
+    half: Half = False,
+    model: ModelName = None,
+    lenient: Lenient = False,
+    debug: Debug = False,
 ) -> None:
     """Write a model or a LoRA in another form. Values stay what they are, bit by bit, unless --half is given.
 
     A LoRA is then read again and compared with what it was, layer by layer.
     """
     with reported_errors(debug):
-        from refiners.cli.sources import is_lora
+        from refiners.cli.sources import find_lora
 
-        (_convert_lora if is_lora(source) else _convert_model)(source, target, form, half, model)
+        if find_lora(source) is not None:
+            _convert_lora(source, target, form, half, model, lenient)
+            return
+        for option, is_given in (("--model", model is not None), ("--lenient", lenient)):
+            if is_given:
+                raise ValueError(f"{source}: this is no LoRA, and {option} is for LoRAs: leave it out")
+        _convert_model(source, target, form, half)
 
 
-def _convert_model(source: str, target: Path, form: str, half: bool, model: str | None) -> None:
+def _convert_model(source: str, target: Path, form: str, half: bool) -> None:
     from refiners.cli.reports import described_storage
     from refiners.cli.sources import check_is_model
     from refiners.foundationals.latent_diffusion.convert import read_model, write_model
 
     check_is_model(source)
     files = read_model(source)
-    if model is not None:
-        raise ValueError(f"{source}: this is a model, and --model is for LoRAs: leave it out")
     typer.echo(f"read {source}: {described_storage(files.tensors)}")
     write_model(files, target, form, as_dtype(half))
     typer.echo(f"wrote {target} ({form}{', float16' if half else ''})")
 
 
-def _convert_lora(source: str, target: Path, form: str, half: bool, model: str | None) -> None:
+def _convert_lora(source: str, target: Path, form: str, half: bool, model: str | None, lenient: bool) -> None:
     from refiners.cli.sources import empty_model, empty_model_for_lora
     from refiners.foundationals.latent_diffusion.lora import compare_loras, convert_lora, inspect_lora
 
-    typer.echo(f"read {inspect_lora(source)}")
     tree = empty_model(model) if model else empty_model_for_lora(source)
-    count = convert_lora(source, target, tree, format=form, dtype=as_dtype(half))
+    typer.echo(f"read {inspect_lora(source, tree if lenient else None)}")
+    count = convert_lora(source, target, tree, format=form, dtype=as_dtype(half), strict=not lenient)
     typer.echo(f"wrote {target} ({form}{', float16' if half else ''}): {count} updates")
-    typer.echo(f"read it again: {compare_loras(source, target, tree)}")
+    typer.echo(f"read it again: {compare_loras(source, target, tree, strict=not lenient)}")
 
 
 def as_dtype(half: bool) -> "torch.dtype | None":

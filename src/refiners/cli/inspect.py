@@ -19,10 +19,11 @@ def inspect(target: Target, depth: Depth = 1, model: ModelName = None, debug: De
     """Show what a model is made of, or what a weights file is and whether it would fit. Weights are not read."""
     with reported_errors(debug):
         from refiners.cli.reports import report_file, report_lora, report_model
-        from refiners.cli.sources import is_lora
+        from refiners.cli.sources import find_lora
 
-        if is_lora(target):
-            report_lora(target, model)
+        lora = find_lora(target)
+        if lora is not None:
+            report_lora(lora, model)
         elif Path(target).is_file():
             report_file(Path(target), depth)
         else:

@@ -23,6 +23,7 @@ from refiners.foundationals.latent_diffusion.lora import inspect_lora
 from refiners.foundationals.latent_diffusion.parts_folder import UNCHANGED
 from refiners.weights.formats import Content, Family, Identity, identify
 from refiners.weights.header import DTYPES, read_header
+from refiners.weights.lora_keys import LoraFile
 from refiners.weights.matching import match
 from refiners.weights.rules import Names
 from refiners.weights.torch_files import is_torch_file, read_torch
@@ -93,10 +94,10 @@ def report_file(path: Path, depth: int) -> None:
         report_model(str(path), depth)
 
 
-def report_lora(where: str, model: str | None) -> None:
+def report_lora(lora: LoraFile, model: str | None) -> None:
     """Print what a LoRA is, and what of it would attach to a model: by default the released one of its family."""
-    tree = empty_model(model) if model else empty_model_for_lora(where)
-    _console().print(str(inspect_lora(where, tree)))
+    tree = empty_model(model) if model else empty_model_for_lora(lora)
+    _console().print(str(inspect_lora(lora, tree)))
 
 
 def read_shapes(path: Path) -> dict[str, Tensor]:

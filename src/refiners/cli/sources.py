@@ -7,7 +7,8 @@ from PIL import Image, ImageOps
 from refiners.foundationals.latent_diffusion import StableDiffusion, StableDiffusion_1, StableDiffusion_XL
 from refiners.foundationals.latent_diffusion.lora import inspect_lora
 from refiners.foundationals.latent_diffusion.pretrained import find_source
-from refiners.weights.formats import Content, Family, identify_file
+from refiners.weights.formats import Content, Family, identify, identify_file
+from refiners.weights.lora_keys import LoraFile, read_lora
 
 # What tells that a folder is a LoRA.
 LORA_FILES = (
@@ -16,12 +17,16 @@ LORA_FILES = (
 )
 
 
-def is_lora(where: str) -> bool:
-    """Whether a file or folder holds a LoRA. Raises ValueError if it is a file, but none of weights."""
+def find_lora(where: str) -> LoraFile | None:
+    """The LoRA in a file or folder, None if that holds none. Raises ValueError if it is a file, but none of weights."""
     path = Path(where)
     if path.is_dir():
-        return any((path / name).is_file() for name in LORA_FILES)
-    return path.is_file() and identify_file(path).content is Content.LORA
+        return read_lora(path) if any((path / name).is_file() for name in LORA_FILES) else None
+    if not path.is_file():
+        return None
+    lora = read_lora(path)
+    identity = identify({key: tuple(tensor.shape) for key, tensor in lora.tensors.items()})
+    return lora if identity.content is Content.LORA else None
 
 
 def check_is_model(where: str) -> None:
@@ -45,9 +50,9 @@ def empty_model(where: str | None = None, family: Family | None = None) -> Stabl
     return StableDiffusion.class_for(spec, where)(device="meta", spec=spec)
 
 
-def empty_model_for_lora(where: str) -> StableDiffusion:
+def empty_model_for_lora(lora: str | LoraFile) -> StableDiffusion:
     """The tree of the released model of the family that a LoRA is of, or of Stable Diffusion 1 if it does not tell."""
-    return empty_model(family=inspect_lora(where).identity.family)
+    return empty_model(family=inspect_lora(lora).identity.family)
 
 
 def open_picture(path: str) -> Image.Image:
