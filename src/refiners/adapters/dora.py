@@ -79,7 +79,7 @@ class Dora(Delta):
     def misfit(self, layer: nn.Module) -> str | None:
         """Why this update cannot be added to `layer`, or None if it can."""
         if not isinstance(layer, nn.Linear | nn.Conv2d | nn.Embedding):
-            return f"it updates a linear layer, a convolution or an embedding, not a {type(layer).__name__}"
+            return f"it updates an embedding, a linear layer or a convolution, not a {type(layer).__name__}"
         shape, (out, inputs) = tuple(self.magnitude.shape), layer.weight.shape[:2]
         if isinstance(layer, nn.Embedding) and shape != (1, inputs):
             return f"its magnitude has shape {shape}, for an embedding of {inputs} entries it should be {(1, inputs)}"

@@ -13,7 +13,7 @@ from refiners.weights.lora_keys import LoraFile, read_lora
 # What tells that a folder is a LoRA.
 LORA_FILES = (
     *("adapter_config.json", "pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin"),
-    *("unet/adapter_config.json", "text_encoder/adapter_config.json"),
+    *("unet/adapter_config.json", "text_encoder/adapter_config.json", "text_encoder_2/adapter_config.json"),
 )
 
 
