@@ -5,6 +5,7 @@ Each case runs as this file under `torchrun`, with gloo on the CPU.
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -29,7 +30,6 @@ from refiners.training.recipes.text_to_image import make_objective
 pytestmark = pytest.mark.slow
 BLOCKS = (ResidualBlock, TransformerLayer)
 STEPS, BATCH = 6, 4
-SCRIPTS = Path(__file__).parents[2] / "scripts" / "training"
 
 
 class Batches:
@@ -107,7 +107,7 @@ def finish(count: int, folder: Path, **arguments: Any) -> list[float]:
 
 
 def wait_for(process: "subprocess.Popen[str]") -> None:
-    output, _ = process.communicate(timeout=240)
+    output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output
 
 
@@ -176,23 +176,37 @@ def test_when_a_worker_dies_all_end_and_the_same_command_goes_on(
     assert_same_end(folder, tmp_path)
 
 
-@pytest.mark.parametrize("recipe", ["lora", "finetune"])
+RESULTS = {
+    "lora": "result.safetensors",
+    "finetune": "result/unet",
+    "control_net": "result",
+    "t2i_adapter": "result.safetensors",
+    "ip_adapter": "result.safetensors",
+}
+
+
+@pytest.mark.parametrize("recipe", RESULTS)
 def test_a_recipe_on_sharded_weights_gives_the_file_of_one_process(
     tmp_path: Path, model_folder: Path, picture_folder: Path, recipe: str
 ) -> None:
     results: list[dict[str, Tensor]] = []
+    others, more = tmp_path / "others", ""
+    if recipe not in ("lora", "finetune"):  # led by pictures
+        shutil.copytree(picture_folder, others)
+        more = f'dataset.conditioning_folder = "{others}"\ntest_diffusion.conditioning = ["{others}/00.png"]\n'
     for count in (1, 2):
         out = tmp_path / str(count)
         path = tmp_path / f"{count}.toml"
         path.write_text(
-            f'recipe = "{recipe}"\n[models]\nbase = "{model_folder}"\n[dataset]\nfolder = "{picture_folder}"\n'
-            f'held_out = 2\n[checkpointing]\nsave_folder = "{out}"\nsave_interval = "2:step"\n'
-            '[training]\nduration = "3:step"\nbatch_size = 2\ndevice = "cpu"\nparallel = "fsdp"\nema_decay = 0.5\n'
-            'evaluation_interval = "2:step"\n[test_diffusion]\nprompts = ["a disc"]\nnum_inference_steps = 2\n'
-            f'[{recipe}]\nname = "result"\n'
+            f'recipe = "{recipe}"\nmodels.base = "{model_folder}"\n{more}'
+            f'dataset.folder = "{picture_folder}"\ndataset.held_out = 2\n'
+            f'checkpointing.save_folder = "{out}"\ncheckpointing.save_interval = "2:step"\n'
+            'training.duration = "3:step"\ntraining.batch_size = 2\ntraining.device = "cpu"\n'
+            'training.parallel = "fsdp"\ntraining.ema_decay = 0.5\ntraining.evaluation_interval = "2:step"\n'
+            f'test_diffusion.prompts = ["a disc"]\ntest_diffusion.num_inference_steps = 2\n{recipe}.name = "result"\n'
         )
-        wait_for(launch(count, str(SCRIPTS / f"finetune-ldm{'-lora' if recipe == 'lora' else ''}.py"), str(path)))
-        result = out / "result.safetensors" if recipe == "lora" else out / "result" / "unet"
+        wait_for(launch(count, "-m", "refiners.cli", "train", str(path)))
+        result = out / RESULTS[recipe]
         (file,) = result.glob("*.safetensors") if result.is_dir() else [result]
         results.append(load_from_safetensors(file))
         assert len(list((out / "samples").glob("*.png"))) == 2 and list((out / "logs").iterdir())

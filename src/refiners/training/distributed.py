@@ -88,6 +88,15 @@ def shard(model: nn.Module, blocks: Iterable[nn.Module], process: Process) -> No
         fully_shard(block, mesh=mesh)
 
 
+def shard_outermost(module: nn.Module, process: Process) -> None:
+    """Make a module the one that FSDP begins with, around models that `shard` spread; no other weight is spread.
+
+    Inside of its forward pass any of their blocks may then be called first, and afterwards any of them by itself.
+    """
+    mesh = dist.device_mesh.init_device_mesh(process.device.type, (process.count,))
+    fully_shard(module, mesh=mesh, ignored_params=set(module.parameters()))
+
+
 def whole(tensor: Tensor) -> Tensor:
     """The full tensor of which each process has a part; all must call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -23,7 +23,7 @@ from refiners.training import state
 from refiners.training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from refiners.training.clock import Clock, Period
 from refiners.training.config import TrainerConfig
-from refiners.training.distributed import Process, copy_whole, shard, whole
+from refiners.training.distributed import Process, copy_whole, shard, shard_outermost, whole
 from refiners.training.ema import RunningMean
 from refiners.training.guard import NonFiniteError, find_culprit
 from refiners.training.interruption import Interruption, TrainingInterrupted
@@ -306,6 +306,7 @@ class Trainer:
             for model in self._spread:
                 inside = set(model.modules())
                 shard(model, [block for block in self._blocks if block in inside], self.process)
+            shard_outermost(self._objective, self.process)
         elif self.process.count > 1:
             devices = [self.process.device] if self.process.device.type == "cuda" else None
             self._objective = DistributedDataParallel(self._objective, device_ids=devices)

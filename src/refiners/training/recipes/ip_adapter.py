@@ -82,6 +82,7 @@ def inject_ip_adapter(sd: StableDiffusion_1, config: IPAdapterConfig) -> Choice:
         parameters={str(number): parameter for number, parameter in enumerate(adapter.own_parameters())},
         save=save,
         lead=Lead(conditioning, lead, show, config.image_drop_probability),
+        blocks=[layer for layer in adapter.image_proj.modules() if [*layer.parameters(recurse=False)]],
     )
 
 

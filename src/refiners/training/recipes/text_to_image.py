@@ -42,6 +42,7 @@ class Choice:
     save: writes the result, to be used, and returns where it is.
     trains_text: whether text embeddings change in training, so that they cannot be cached.
     lead: what the model is led by besides the text.
+    blocks: modules that run by themselves, outside of the forward passes of their trees: FSDP has to know them.
     """
 
     models: dict[str, nn.Module]
@@ -51,6 +52,7 @@ class Choice:
     captions: CaptionRule = field(default_factory=CaptionRule)
     saves_often: bool = True
     lead: Lead | None = None
+    blocks: Sequence[nn.Module] = ()
 
 
 def load_model(config: TextToImageConfig, process: Process) -> StableDiffusion_1:
@@ -131,7 +133,7 @@ def train(
             *callbacks,
         ],
         process=process,
-        blocks=blocks,
+        blocks=[*blocks, *choice.blocks],
     )
     trainer.train()
     return trainer
