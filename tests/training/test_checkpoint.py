@@ -63,6 +63,18 @@ def test_only_the_newest_stay(tmp_path: Path) -> None:
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["step-00000009", "step-00000010"]
 
 
+def test_a_training_that_is_begun_anew_goes_on_from_its_own_checkpoints(tmp_path: Path) -> None:
+    make_trainer(tmp_path, checkpointing={"save_interval": "5:step"})[0].train()
+    seed = {"seed": 7, "duration": "4:step"}
+    anew, losses = make_trainer(tmp_path, training=seed, checkpointing={"save_interval": "2:step", "resume": False})
+    anew.train()
+    assert len(losses.values) == 4
+    assert [path.name for path in checkpoints(tmp_path / "checkpoints")] == ["step-00000002", "step-00000004"]
+    longer, losses = make_trainer(tmp_path, training={**seed, "duration": "6:step"})
+    longer.train()
+    assert len(losses.values) == 2
+
+
 def test_a_full_disk_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer, _ = make_trainer(tmp_path, checkpointing={"save_interval": "2:step"})
     write, files = checkpoint.write_safetensors, list[Path]()

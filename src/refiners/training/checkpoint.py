@@ -24,8 +24,9 @@ _UNFINISHED, _UNWANTED = ".saving-", ".deleting-"
 
 
 def save_checkpoint(folder: Path, step: int, parts: Mapping[str, Any], keep: int) -> Path:
-    """Write a checkpoint below `folder`, then delete all but the newest `keep`, and return where it is.
+    """Write a checkpoint below `folder`, and return where it is.
 
+    Then those of later steps are deleted, which are of a training that was begun anew, and all but the last `keep`.
     Raises OSError if it cannot be written whole, for example on a full disk; those that were there stay valid.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -46,8 +47,10 @@ def save_checkpoint(folder: Path, step: int, parts: Mapping[str, Any], keep: int
         raise OSError(
             error.errno, f"the checkpoint of step {step} could not be saved ({error.strerror}); {kept}"
         ) from (error)
-    for old in checkpoints(folder)[:-keep]:
-        old.rename(folder / f"{_UNWANTED}{secrets.token_hex(8)}")
+    found = checkpoints(folder)
+    place = found.index(target)
+    for unwanted in (*found[: max(place + 1 - keep, 0)], *found[place + 1 :]):
+        unwanted.rename(folder / f"{_UNWANTED}{secrets.token_hex(8)}")
     _clean(folder)
     return target
 

@@ -150,8 +150,8 @@ class CheckpointingConfig(Section):
 
     save_folder: checkpoints, logs, samples and results go below it.
     keep: how many checkpoints stay; older ones are deleted.
-    resume: go on from the newest checkpoint in `save_folder`, if there is one; else begin anew, and delete those that
-        are there as soon as a new one is saved.
+    resume: go on from the newest checkpoint in `save_folder`, if there is one; false begins anew, and the checkpoints
+        of later steps that are there are deleted as soon as a new one is saved.
     allow_changes: resume even if settings that matter are not those that the checkpoint was made with.
     """
 
