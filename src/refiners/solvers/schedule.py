@@ -88,7 +88,8 @@ def spaced_timesteps(spacing: TimestepSpacing, count: int, train_count: int, off
     offset: for leading spacing only.
     """
     if spacing == TimestepSpacing.TRAILING:
-        return np.round(train_count - np.arange(count) * (train_count / count)) - 1
+        # Some fall half way between two, as with 48 steps of 1000; `arange` rounds them off as diffusers does.
+        return np.round(np.arange(train_count, 0, -train_count / count)[:count]) - 1
     points = count + has_end_point
     if spacing == TimestepSpacing.LINSPACE:
         return np.linspace(0, train_count - 1, points)[::-1][:count]
