@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from refiners.adapters.lora import LoraAdapter
 from refiners.fluxion.utils import tensor_to_image
-from refiners.foundationals.latent_diffusion import UNet, UNetSpec
+from refiners.foundationals.latent_diffusion import StableDiffusion_1, UNet, UNetSpec
 from refiners.foundationals.latent_diffusion.control import (
     ConditionEncoder,
     ControlNet,
@@ -211,6 +211,19 @@ def test_it_moves_with_the_unet(dtype: torch.dtype) -> None:
     assert relative_error(found.float(), expected) < 0.05
     unet.to(torch.float32)
     assert torch.equal(adapter.scaling.factor, torch.tensor(0.7))
+
+
+def test_the_condition_is_encoded_once_for_all_steps_and_again_only_for_another() -> None:
+    sd15 = StableDiffusion_1.from_pretrained("builtin")
+    control_net = ControlNet.from_unet(sd15.unet, condition_channels=(16, 32, 96))
+    adapter = ControlNetAdapter(sd15, control_net).inject()
+    calls: list[int] = []
+    control_net.condition_encoder.register_forward_hook(lambda *_: calls.append(1))
+    for count in (1, 2):
+        adapter.set_controlnet_condition(torch.rand(1, 3, 32, 32))
+        for seed in (1, 2):
+            sd15.generate("a red circle", seed=seed, num_inference_steps=3, show_progress=False)
+        assert len(calls) == count
 
 
 @pytest.mark.slow
