@@ -97,8 +97,6 @@ def test_picture_and_mask_are_resized_together() -> None:
     small = drawn_mask((128, 96)).resize((64, 64), Image.Resampling.NEAREST)
     small_picture = picture((128, 96)).resize((64, 64), Image.Resampling.LANCZOS)
     x = torch.randn(1, 4, 8, 8)
-    with (
-        model.filling_in(picture((128, 96)), drawn_mask((128, 96)), (64, 64), noise) as keep,
-        model.filling_in(small_picture, small, (64, 64), noise) as expected,
-    ):
-        assert torch.equal(keep(x, model.steps[-1]), expected(x, model.steps[-1]))
+    keep = model.prepare_mask(picture((128, 96)), drawn_mask((128, 96)), (64, 64), noise)
+    expected = model.prepare_mask(small_picture, small, (64, 64), noise)
+    assert torch.equal(keep(x, model.steps[-1]), expected(x, model.steps[-1]))

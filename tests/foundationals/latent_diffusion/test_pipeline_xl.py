@@ -5,6 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import diffusers
+import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -15,13 +17,14 @@ from diffusers import (
     StableDiffusionXLPipeline,
 )
 from diffusion_specimens import SPECS, generators, psnr, randomize, small_folder
-from test_pipeline import mask, mean_only, picture
+from test_pipeline import SCHEDULERS, mask, mean_only, picture
 from torch import Tensor
 
 from refiners.foundationals.latent_diffusion import (
     StableDiffusion_XL,
     StableDiffusion_XL_Inpainting,
     StableDiffusion_XL_Refiner,
+    StepReport,
 )
 from refiners.solvers import Euler, TimestepSpacing
 
@@ -52,6 +55,23 @@ def pipeline(folder: Path) -> Any:
     return load_theirs(StableDiffusionXLPipeline, folder)
 
 
+class Latents(list[Tensor]):
+    """Those after each step, kept by the callback of either side."""
+
+    def keep_ours(self, report: StepReport) -> None:
+        self.append(report.latents)
+
+    def keep_theirs(self, pipeline: Any, index: int, timestep: Any, kept: dict[str, Tensor]) -> dict[str, Tensor]:
+        self.append(kept["latents"])
+        return kept
+
+
+def relative_error(ours: Latents, theirs: Latents) -> float:
+    """Of the last ones."""
+    assert len(ours) == len(theirs)
+    return ((ours[-1] - theirs[-1]).norm() / theirs[-1].norm()).item()
+
+
 @torch.no_grad()
 def run(model: StableDiffusion_XL, x: Tensor, steps: Sequence[int], time_ids: Tensor | None = None) -> Tensor:
     """The loop, as users write it."""
@@ -69,8 +89,10 @@ def run(model: StableDiffusion_XL, x: Tensor, steps: Sequence[int], time_ids: Te
 
 
 def test_text_to_image_equals_diffusers(pipeline: Any, sdxl: StableDiffusion_XL) -> None:
+    latents, their_latents = Latents(), Latents()
     theirs = pipeline(
-        PROMPTS,
+        callback_on_step_end=their_latents.keep_theirs,
+        prompt=PROMPTS,
         negative_prompt=NEGATIVES,
         num_inference_steps=6,
         guidance_scale=5.0,
@@ -79,7 +101,16 @@ def test_text_to_image_equals_diffusers(pipeline: Any, sdxl: StableDiffusion_XL)
         generator=generators(3, 4),
         output_type="np",
     ).images
-    ours = sdxl.generate(PROMPTS, NEGATIVES, seed=[3, 4], num_inference_steps=6, size=(64, 72), show_progress=False)
+    ours = sdxl.generate(
+        PROMPTS,
+        NEGATIVES,
+        seed=[3, 4],
+        num_inference_steps=6,
+        size=(64, 72),
+        on_step=latents.keep_ours,
+        show_progress=False,
+    )
+    assert relative_error(latents, their_latents) < 1e-4
     assert psnr(ours, torch.from_numpy(theirs)) > 50
 
 
@@ -116,26 +147,123 @@ def test_the_loop_with_other_time_ids_equals_diffusers(pipeline: Any, sdxl: Stab
     assert other.default_time_ids.tolist() == [[64, 64, 0, 0, 64, 64]] * 2
 
 
-def test_the_base_hands_over_to_the_refiner_as_in_diffusers(
-    pipeline: Any, sdxl: StableDiffusion_XL, tmp_path: Path
-) -> None:
-    refiner_folder = small_folder(tmp_path / "refiner", StableDiffusion_XL_Refiner)
+@pytest.fixture(scope="module")
+def refiner_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_folder(tmp_path_factory.mktemp("model") / "refiner", StableDiffusion_XL_Refiner)
+
+
+@pytest.fixture(scope="module")
+def refiner(refiner_folder: Path) -> StableDiffusion_XL_Refiner:
     refiner = StableDiffusion_XL.from_pretrained(refiner_folder)
     assert isinstance(refiner, StableDiffusion_XL_Refiner)
-    refiner_pipeline = load_theirs(StableDiffusionXLImg2ImgPipeline, refiner_folder)
-    settings: dict[str, Any] = {"prompt": "a cat", "negative_prompt": "a dog", "num_inference_steps": 10}
-    latents = pipeline(
-        **settings, denoising_end=0.7, height=64, width=64, generator=generators(6), output_type="latent"
+    return refiner
+
+
+def scheduler(solver: str, config: Any) -> Any:
+    name, options = SCHEDULERS[solver]
+    return getattr(diffusers, name).from_config({**config, **options})
+
+
+@pytest.mark.parametrize(
+    ("solver", "start", "size"), [("dpm-solver", 0.7, (64, 64)), ("ddim", 0.45, (64, 64)), ("unipc", 0.8, (64, 72))]
+)
+def test_the_base_hands_over_to_the_refiner_as_in_diffusers(
+    pipeline: Any,
+    sdxl: StableDiffusion_XL,
+    refiner_folder: Path,
+    refiner: StableDiffusion_XL_Refiner,
+    solver: str,
+    start: float,
+    size: tuple[int, int],
+) -> None:
+    before, refiner_pipeline = pipeline.scheduler, load_theirs(StableDiffusionXLImg2ImgPipeline, refiner_folder)
+    pipeline.scheduler = scheduler(solver, before.config)
+    refiner_pipeline.scheduler = scheduler(solver, before.config)
+    settings: dict[str, Any] = {"prompt": PROMPTS, "negative_prompt": NEGATIVES, "num_inference_steps": 10}
+    latents, their_latents = Latents(), Latents()
+    height, width = size
+    settings |= {"guidance_scale": 5.0, "callback_on_step_end": their_latents.keep_theirs}
+    handed = pipeline(
+        **settings, denoising_end=start, height=height, width=width, generator=generators(6, 7), output_type="latent"
     ).images
+    pipeline.scheduler = before
     theirs = refiner_pipeline(
-        **settings, guidance_scale=5.0, denoising_start=0.7, image=latents, output_type="np"
+        **settings, denoising_start=start, image=handed, original_size=size, target_size=size, output_type="np"
     ).images
-    base = sdxl.structural_copy()
-    base.set_num_inference_steps(10)
-    refiner.set_inference_steps(10, first_step=7)
-    x = run(base, base.init_latents((64, 64), generator=generators(6)), base.steps[:7])
-    ours = refiner.lda.latents_to_images(run(refiner, x, refiner.steps))
+    solvers = sdxl.solver, refiner.solver
+    ours = sdxl.generate(
+        PROMPTS,
+        NEGATIVES,
+        seed=[6, 7],
+        num_inference_steps=10,
+        solver=solver,
+        size=size,
+        refiner=refiner,
+        refiner_start=start,
+        on_step=latents.keep_ours,
+        show_progress=False,
+    )
+    assert relative_error(latents, their_latents) < 1e-4
     assert psnr(ours, torch.from_numpy(theirs)) > 50
+    assert (sdxl.solver, refiner.solver) == solvers
+
+
+def test_a_whole_number_of_heuns_steps_is_left_to_the_refiner(
+    sdxl: StableDiffusion_XL, refiner: StableDiffusion_XL_Refiner
+) -> None:
+    reports: list[StepReport] = []
+    sdxl.generate(
+        "a cat", num_inference_steps=5, solver="heun", refiner=refiner, refiner_start=0.5, on_step=reports.append
+    )
+    models = [report.model for report in reports]
+    assert [report.number for report in reports] == list(range(1, 10)) and reports[0].count == 9
+    assert models.count(sdxl) % 2 == 0 and models == [sdxl] * models.count(sdxl) + [refiner] * models.count(refiner)
+
+
+def test_the_refiner_keeps_what_the_mask_says(sdxl: StableDiffusion_XL, refiner: StableDiffusion_XL_Refiner) -> None:
+    latents = Latents()
+    settings: dict[str, Any] = {"init_image": picture(), "mask": mask(), "show_progress": False}
+    settings |= {"num_inference_steps": 10, "strength": 0.9, "refiner": refiner}
+    sdxl.generate("a cat", on_step=latents.keep_ours, **settings)
+    assert len(latents) == 9
+    with torch.no_grad():
+        clean = refiner.lda.encode_image(picture())
+    is_kept = torch.nn.functional.interpolate(
+        (torch.from_numpy(np.array(mask()))[None, None] == 0).float(), size=(8, 8)
+    )
+    assert torch.equal(latents[-1] * is_kept, clean * is_kept)
+    assert not torch.equal(latents[-1], clean)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"refiner_start": 0.0}, r"refiner_start is 0\.0, but should be a share"),
+        ({"refiner_start": 1.5}, r"refiner_start is 1\.5"),
+        ({"refiner_start": float("nan")}, "refiner_start is nan"),
+        ({"refiner_start": 0.9999}, "leaves none to the refiner"),
+        ({"refiner_start": 0.0001}, "leaves none to the base"),
+        ({"init_image": picture(), "strength": 0.1}, r"of which 1 are taken, .* leaves none to the base"),
+        ({"condition_scale": float("inf")}, "condition_scale should be a finite number, but it is inf"),
+    ],
+)
+def test_a_way_that_cannot_be_shared_is_refused(
+    sdxl: StableDiffusion_XL, refiner: StableDiffusion_XL_Refiner, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        sdxl.generate("a cat", num_inference_steps=10, refiner=refiner, show_progress=False, **settings)
+
+
+def test_a_refiner_of_other_latents_or_training_is_refused(
+    sdxl: StableDiffusion_XL, refiner: StableDiffusion_XL_Refiner
+) -> None:
+    spec = refiner.spec
+    other = replace(spec, autoencoder=replace(spec.autoencoder, latent_scale=0.5))
+    with pytest.raises(ValueError, match=r"has latent_scale 0\.5, but that of the model has 0\.13025"):
+        sdxl.generate("a cat", refiner=StableDiffusion_XL_Refiner(spec=other))
+    other = replace(spec, solver_params=replace(spec.solver_params, num_train_timesteps=500))
+    with pytest.raises(ValueError, match=r"the refiner was trained with .*=500"):
+        sdxl.generate("a cat", refiner=StableDiffusion_XL_Refiner(spec=other))
 
 
 def test_inpainting_equals_diffusers(tmp_path: Path) -> None:
@@ -144,8 +272,10 @@ def test_inpainting_equals_diffusers(tmp_path: Path) -> None:
     assert isinstance(model, StableDiffusion_XL_Inpainting)
     pipeline = load_theirs(StableDiffusionXLInpaintPipeline, inpainting_folder)
     pipeline.vae.encode = mean_only(pipeline.vae.encode)
+    latents, their_latents = Latents(), Latents()
     theirs = pipeline(
         "a cute cat",
+        callback_on_step_end=their_latents.keep_theirs,
         negative_prompt="",
         image=picture(),
         mask_image=mask(),
@@ -157,10 +287,14 @@ def test_inpainting_equals_diffusers(tmp_path: Path) -> None:
         generator=generators(5),
         output_type="np",
     ).images
+    settings: dict[str, Any] = {"seed": 5, "num_inference_steps": 5, "show_progress": False}
     ours = model.generate(
-        "a cute cat", seed=5, num_inference_steps=5, init_image=picture(), mask=mask(), strength=1, show_progress=False
+        "a cute cat", init_image=picture(), mask=mask(), strength=1, on_step=latents.keep_ours, **settings
     )
+    assert relative_error(latents, their_latents) < 1e-4
     assert psnr(ours, torch.from_numpy(theirs)) > 50
+    with pytest.raises(ValueError, match="must be told what to fill in"):  # what was filled in then is forgotten
+        model.generate("a cute cat", **settings)
 
 
 def test_a_distilled_model_reads_the_scale_of_guidance_as_in_diffusers(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Pictures from prompts in one call: latents, steps, mask, progress and decoding around a latent diffusion model."""
 
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +11,12 @@ from torch import Tensor
 
 from refiners.fluxion.checks import described, instance_of, list_of_texts, picture, real_number, whole_number
 from refiners.foundationals.latent_diffusion.model import LatentDiffusionModel
+from refiners.foundationals.latent_diffusion.stages import AfterStep, lay_stages
 from refiners.foundationals.latent_diffusion.tiles import tile_side
 from refiners.solvers import Solver, solver_by_name
 from refiners.solvers.solver import unit_noise
+
+REFINER_START = 0.8  # Stable Diffusion XL's refiner was trained for the last fifth
 
 
 class GenerationCancelled(Exception):
@@ -26,6 +29,7 @@ class StepReport:
 
     number: 1 … count.  latents: (B, C, h, w), at the level of the next step.
     clean: the latents as they would be in the end, by the prediction of this step.
+    model: the one that made the step, a refiner in its part of the way.
     """
 
     number: int
@@ -37,6 +41,9 @@ class StepReport:
     def preview(self) -> list[Image.Image]:
         """The pictures as they would be in the end, by the prediction of this step. Costs a decoding."""
         return self.model.lda.latents_to_images(self.clean)
+
+
+OnStep = Callable[[StepReport], bool | None]
 
 
 class TextToImage(LatentDiffusionModel):
@@ -56,8 +63,10 @@ class TextToImage(LatentDiffusionModel):
         init_image: Image.Image | None = None,
         strength: float = 0.75,
         mask: Image.Image | None = None,
+        refiner: LatentDiffusionModel | None = None,
+        refiner_start: float = REFINER_START,
         tile_size: int | None = None,
-        on_step: Callable[[StepReport], bool | None] | None = None,
+        on_step: OnStep | None = None,
         show_progress: bool = True,
     ) -> list[Image.Image]:
         """Make pictures, as one batch. The model's own solver stays as it was.
@@ -70,6 +79,7 @@ class TextToImage(LatentDiffusionModel):
         size: height and width in pixels; None for that of `init_image`, or else of the pictures it was trained on.
         init_image: start from this picture, with noise of `strength`, in (0, 1], of the whole way.
         mask: keep `init_image` where it is black.
+        refiner: goes on from `refiner_start` of the way, with the same prompts; see `lay_stages`.
         tile_size: side in pixels of the tiles in which pictures are encoded and decoded, to save memory; None for
             whole.
         on_step: called after each step; no more steps are taken once it returns False.
@@ -77,33 +87,26 @@ class TextToImage(LatentDiffusionModel):
         first step; GenerationCancelled if `on_step` returned False.
         """
         rows = _rows(prompt, "" if negative_prompt is None else negative_prompt, seed)
-        scale = self.spec.condition_scale if condition_scale is None else condition_scale
-        self._check(init_image, strength, mask, scale, tile_size, on_step)
+        self._check(init_image, strength, mask, condition_scale, tile_size, on_step)
         size = self.size_for(init_image) if size is None else size
         latents_size = self.latents_size(size)
-        before = self.solver
-        self.solver = self._solver_for(solver, num_inference_steps, 1.0 if init_image is None else strength)
-        try:
-            prompts, negatives, seeds = zip(*rows, strict=True)
-            generators = [torch.Generator().manual_seed(each) for each in seeds]
-            conditions = self.compute_conditions(prompts, None if negative_prompt is None else negatives, size)
-            noise = unit_noise(self._like(len(rows), latents_size), generators)
+        whole = self._solver_for(solver, num_inference_steps, 1.0 if init_image is None else strength)
+        stages = lay_stages(self, whole, refiner, refiner_start)
+        prompts, negatives, seeds = zip(*rows, strict=True)
+        given = None if negative_prompt is None else negatives
+        conditions = [stage.model.compute_conditions(prompts, given, size) for stage in stages]
+        generators = [torch.Generator().manual_seed(each) for each in seeds]
+        noise = unit_noise(self._like(len(rows), latents_size), generators)
+        with stages[0].begun():
             x = self.init_latents(size, None if strength == 1 else init_image, noise, tile_size=tile_size)
-            with (
-                self.filling_in(init_image, mask, size, noise) if init_image and mask else nullcontext() as after_step,
-                _progress(len(self.steps), show_progress) as advance,
-            ):
-                for number, step in enumerate(self.steps, start=1):
-                    predicted = self.predict_noise(x, step, condition_scale=scale, **conditions)
-                    clean = self.solver.predict_clean(x, predicted, step) if on_step else x
-                    x = self.solver(x, predicted, step=step, generator=generators)
-                    x = after_step(x, step) if after_step else x
-                    advance()
-                    if on_step and on_step(StepReport(number, len(self.steps), x, clean, self)) is False:
-                        raise GenerationCancelled(f"on_step returned False after step {number} of {len(self.steps)}")
-            return self.lda.latents_to_images(x, tile_size=tile_size)
-        finally:
-            self.solver = before
+        with _reporter(sum(len(stage.steps) for stage in stages), on_step, show_progress) as report:
+            for stage, own in zip(stages, conditions, strict=True):
+                model, x = stage.model, x.to(stage.model.device, stage.model.dtype)
+                scale = model.spec.condition_scale if condition_scale is None else condition_scale
+                with stage.begun():
+                    kept = (init_image, mask, size, noise.to(x), tile_size) if init_image and mask else None
+                    x = stage.run(x, own, scale, generators, kept and model.prepare_mask(*kept), report)
+        return stages[-1].model.lda.latents_to_images(x, tile_size=tile_size)
 
     def size_for(self, image: Image.Image | None) -> tuple[int, int]:
         """Height and width of what is made from that picture, or from none, where no size is asked for."""
@@ -126,14 +129,15 @@ class TextToImage(LatentDiffusionModel):
         init_image: Image.Image | None,
         strength: float,
         mask: Image.Image | None,
-        scale: float,
+        condition_scale: float | None,
         tile_size: int | None,
         on_step: Any,
     ) -> None:
         for name, image in (("init_image", init_image), ("the mask", mask)):
             if image is not None:
                 picture(image, name)
-        real_number(scale, "condition_scale")
+        if condition_scale is not None:
+            real_number(condition_scale, "condition_scale")
         if tile_size is not None:
             tile_side(tile_size, self.lda.spec.downsampling_factor)
         if on_step is not None and not callable(on_step):
@@ -176,6 +180,21 @@ def _checked_seed(seed: int) -> int:
     if not -(2**63) <= number < 2**64:
         raise ValueError(f"the seed {number} should be from -2**63 to 2**64 - 1, as torch has it")
     return number
+
+
+@contextmanager
+def _reporter(count: int, on_step: OnStep | None, is_shown: bool) -> Generator[AfterStep]:
+    """What is to be told of each of `count` steps, and tells the callback and the progress bar."""
+    numbers = iter(range(1, count + 1))
+    with _progress(count, is_shown) as advance:
+
+        def report(model: LatentDiffusionModel, x: Tensor, predict_clean: Callable[[], Tensor]) -> None:
+            number = next(numbers)
+            advance()
+            if on_step and on_step(StepReport(number, count, x, predict_clean(), model)) is False:
+                raise GenerationCancelled(f"on_step returned False after step {number} of {count}")
+
+        yield report
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from typing import Self
 
 import torch
 from PIL import Image
@@ -18,11 +19,16 @@ class Inpainting(LatentDiffusionModel):
     _conditions: Tensor | None = None
 
     def set_inpainting_conditions(
-        self, target_image: Image.Image, mask: Image.Image, latents_size: tuple[int, int] | None = None
+        self,
+        target_image: Image.Image,
+        mask: Image.Image,
+        latents_size: tuple[int, int] | None = None,
+        tile_size: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Say what to fill in: where `mask` is white, half or more; it stays until other conditions are set.
 
         latents_size: height and width of the latents; None takes them from the picture, which else is resized.
+        tile_size: as for `init_latents`.
         Returns the mask (1, 1, h, w), 1 where to fill in, and the latents of the rest (1, 4, h, w).
         """
         factor = self.lda.spec.downsampling_factor
@@ -31,21 +37,37 @@ class Inpainting(LatentDiffusionModel):
         pixels = image_to_tensor(resized(target_image, size), device=self.device, dtype=self.lda.dtype) * 2 - 1
         is_new = mask_to_tensor(mask, target_image, size).to(pixels)
         mask_latents = functional.interpolate(is_new, size=(height, width)).to(self.dtype)
-        target_latents = self.lda.encode(pixels * (1 - is_new)).to(self.dtype)
+        target_latents = self.lda.encode(pixels * (1 - is_new), tile_size=tile_size).to(self.dtype)
         self._conditions = torch.cat([mask_latents, target_latents], dim=1)
         return mask_latents, target_latents
 
     @contextmanager
-    def filling_in(
-        self, init_image: Image.Image, mask: Image.Image, size: tuple[int, int], noise: Tensor
-    ) -> Generator[Callable[[Tensor, int], Tensor]]:
-        """Inside `with`, these inpainting conditions are set; nothing is to be done with x after a step."""
-        before = self._conditions
-        self.set_inpainting_conditions(init_image, mask, self.latents_size(size))
+    def unchanged(self) -> Generator[None]:
+        """Inside `with`, the solver and the inpainting conditions may be others; afterwards they are as before."""
+        conditions = self._conditions
         try:
-            yield lambda x, step: x
+            with super().unchanged():
+                yield
         finally:
-            self._conditions = before
+            self._conditions = conditions
+
+    def prepare_mask(
+        self,
+        init_image: Image.Image,
+        mask: Image.Image,
+        size: tuple[int, int],
+        noise: Tensor,
+        tile_size: int | None = None,
+    ) -> Callable[[Tensor, int], Tensor]:
+        """Set the inpainting conditions; nothing is to be done with x after a step."""
+        self.set_inpainting_conditions(init_image, mask, self.latents_size(size), tile_size)
+        return lambda x, step: x
+
+    def structural_copy(self) -> Self:
+        """As of any model, with the same inpainting conditions."""
+        clone = super().structural_copy()
+        clone._conditions = self._conditions
+        return clone
 
     def _model_input(self, x: Tensor) -> Tensor:
         if self._conditions is None:

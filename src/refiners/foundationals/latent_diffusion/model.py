@@ -96,6 +96,15 @@ class LatentDiffusionModel(fl.Module, ABC):
         """Divide the way from noise to picture into steps, and leave out the first ones, to start from a picture."""
         self.solver = self.solver.rebuild(num_steps, first_inference_step=first_step)
 
+    @contextmanager
+    def unchanged(self) -> Generator[None]:
+        """Inside `with`, the solver may be another one; afterwards it is the one from before."""
+        solver = self.solver
+        try:
+            yield
+        finally:
+            self.solver = solver
+
     @abstractmethod
     def compute_conditions(
         self, text: str | Sequence[str], negative_text: str | Sequence[str] | None, size: tuple[int, int]
@@ -228,15 +237,20 @@ class LatentDiffusionModel(fl.Module, ABC):
             )
         return height // factor, width // factor
 
-    @contextmanager
-    def filling_in(
-        self, init_image: Image.Image, mask: Image.Image, size: tuple[int, int], noise: Tensor
-    ) -> Generator[Callable[[Tensor, int], Tensor]]:
-        """Inside `with`, keep `init_image` where `mask` is black; gives what to do with x after each step.
+    def prepare_mask(
+        self,
+        init_image: Image.Image,
+        mask: Image.Image,
+        size: tuple[int, int],
+        noise: Tensor,
+        tile_size: int | None = None,
+    ) -> Callable[[Tensor, int], Tensor]:
+        """Get ready to keep `init_image` where `mask` is black; returns what to do with x after each step.
 
         The kept part goes back to where it was, at the level of the next step; noise: what x started from.
+        tile_size: as for `init_latents`.
         """
-        kept = self.lda.encode_image(resized(init_image, size)).to(noise).expand_as(noise)
+        kept = self.lda.encode_image(resized(init_image, size), tile_size).to(noise).expand_as(noise)
         is_new = functional.interpolate(mask_to_tensor(mask, init_image, size), size=noise.shape[2:]).to(noise)
 
         def keep(x: Tensor, step: int) -> Tensor:
@@ -244,7 +258,7 @@ class LatentDiffusionModel(fl.Module, ABC):
             around = kept if is_last else self.solver.add_noise(kept, noise, step=step + 1)
             return is_new * x + (1 - is_new) * around
 
-        yield keep
+        return keep
 
     def _like(self, count: int, size: tuple[int, int]) -> Tensor:
         channels = self.lda.spec.latent_channels
