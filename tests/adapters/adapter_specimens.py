@@ -1,6 +1,7 @@
 """Small trees, adapters of every shape that an author may give one, and pictures of trees to compare."""
 
 from collections.abc import Iterator
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -132,7 +133,7 @@ PLACES = {"leaf": "Linear", "deep leaf": "Residual.Linear_2", "chain": "Residual
 
 def adapted(kind: str, path: str, model: fl.Chain) -> Any:
     """An adapter of a kind, injected on the target at a path, its own tensors random."""
-    adapter = KINDS[kind](model.get_submodule(path)).inject()
+    adapter = KINDS[kind](attrgetter(path)(model) if path else model).inject()
     randomize_own(adapter)
     return adapter
 

@@ -90,7 +90,7 @@ def test_attributes_of_the_target_are_those_of_the_adapter() -> None:
     target = model.Linear
     for kind in ("Deep", "Side", "Replaced", "Doubled"):
         adapted(kind, "Linear", model)
-    outermost = model.get_submodule("Linear")
+    outermost = model.Linear
     assert isinstance(outermost, Doubled)
     assert (outermost.in_features, outermost.out_features) == (WIDTH, WIDTH)
     assert outermost.weight is target.weight and outermost.bias is target.bias
@@ -103,7 +103,7 @@ def test_setting_a_parameter_of_the_target_through_the_adapter_sets_it_there() -
     target = model.Linear
     adapted("Side", "Linear", model)
     adapted("Deep", "Linear", model)
-    model.get_submodule("Linear").weight = new
+    model.Linear.weight = new
     assert target.weight is new
     assert dict(model.named_parameters())["Linear.weight"] is new
 
@@ -168,7 +168,7 @@ def test_an_adapter_of_an_adapter_goes_around_it() -> None:
     inner = Deep(target).inject()
     outer = Doubled(inner).inject(model)
     assert outer.target is inner and outer.base is target
-    torch.testing.assert_close(model.get_submodule("Linear")(x), 2 * (x + target(x)), rtol=0, atol=0)
+    torch.testing.assert_close(model.Linear(x), 2 * (x + target(x)), rtol=0, atol=0)
 
 
 def test_an_adapter_goes_in_and_out_as_often_as_one_likes() -> None:
@@ -249,7 +249,7 @@ def test_what_remains_of_a_stack_computes_what_it_says(order: tuple[int, ...]) -
         expected = target(x)
         for adapter in left:
             expected = adapter.expected(lambda _, value=expected: value, x)
-        torch.testing.assert_close(model.get_submodule("Linear")(x), expected, rtol=0, atol=0)
+        torch.testing.assert_close(model.Linear(x), expected, rtol=0, atol=0)
 
 
 @each_place

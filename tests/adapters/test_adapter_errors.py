@@ -189,7 +189,7 @@ def test_an_adapter_of_one_that_was_ejected_is_not_injected_into_nothing() -> No
     assert picture(model) == before
     inner.inject()
     outer.inject()
-    assert model.get_submodule("Linear") is outer
+    assert model.Linear is outer
 
 
 def test_an_adapter_that_failed_to_go_in_can_go_in_elsewhere() -> None:

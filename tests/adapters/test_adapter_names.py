@@ -41,7 +41,7 @@ def assert_consistent(module: nn.Module) -> None:
         assert module.get_buffer(name) is buffer, name
     for name, part in listed["named_modules"]:
         found = module.get_submodule(name)
-        assert found is part or (isinstance(found, Adapter) and found.base is part), name
+        assert found is part or (not name and isinstance(found, Adapter) and found.base is part), name
     owners = {name for name, _ in listed["named_modules"]}
     assert {name.rpartition(".")[0] for name in parameters | buffers} <= owners
 
@@ -64,6 +64,20 @@ def test_names_of_the_base_are_unchanged_and_stand_for_the_same_objects(kind: st
         assert all(name == own or name.startswith(f"{own}.") for name in added), which
     assert_consistent(model.root)
     assert adapter.get_submodule(kind) is adapter
+
+
+@each_kind
+def test_a_name_stands_for_what_is_adapted_and_a_slot_holds_the_adapter(kind: str) -> None:
+    model = make_model()
+    target = model.Linear
+    inner, outer = adapted(kind, "Linear", model), adapted("Gain", "Linear", model)
+    names = dict(model.named_modules())
+    assert names["Linear"] is model.get_submodule("Linear") is target
+    assert model.Linear is model.layer("Linear") is model[0] is outer
+    own = [name for name, module in names.items() if module in (inner, outer)]
+    assert {model.get_submodule(name) for name in own} == {inner, outer}
+    with pytest.raises(AttributeError):
+        model.get_submodule("Linear.Other")
 
 
 def test_own_tensors_have_names_below_the_class_of_the_adapter() -> None:
@@ -242,7 +256,8 @@ CASES = [(top, name) for name in NAMES.values() for top in ("", "Residual", "Lin
 
 @pytest.mark.parametrize(("top", "name"), CASES)
 def test_load_errors_name_keys_as_users_know_them(name: str, top: str) -> None:
-    model = much_adapted(0).get_submodule(top)
+    adapted_model = much_adapted(0)
+    model = getattr(adapted_model, top) if top else adapted_model
     name = name.removeprefix(f"{top}.")
     complete = model.state_dict()
     misshapen = {**complete, name: torch.zeros(7, 5)}

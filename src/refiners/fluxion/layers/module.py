@@ -85,6 +85,16 @@ class Module(nn.Module):
     def _restored(self) -> None:
         """Called when a deep copy or an unpickled module has its children in place."""
 
+    def get_submodule(self, target: str) -> nn.Module:
+        """As in torch, and as `named_modules` has it: the name of what is adapted stays that of what is adapted.
+
+        What sits in the slot, the adapter, is `chain.Linear`, or `Linear.LoraAdapter` by name.
+        Raises AttributeError if there is no such name.
+        """
+        found: Any = super().get_submodule(target)
+        is_meant = not target or not getattr(found, "is_adapter", False) or found._name == target.rpartition(".")[2]
+        return found if is_meant else found.base
+
     def load_from_safetensors(self, tensors_path: Path | str, strict: bool = True) -> Self:
         """Load a `.safetensors` file into this module and return the module.
 
