@@ -120,3 +120,16 @@ def test_names_of_the_last_refiners_do_the_same() -> None:
     with torch.no_grad():
         assert torch.equal(ours.image_to_latents(image), ours.encode_image(image))
         assert ours.latents_to_image(latents).tobytes() == ours.decode_latents(latents).tobytes()
+
+
+def test_several_images_are_encoded_as_each_alone() -> None:
+    ours, _ = pair(SPECS["two levels"])
+    images = [Image.new("RGB", (16, 8), "teal"), Image.new("L", (16, 8), 200)]
+    with torch.no_grad():
+        together = ours.images_to_latents(images)
+        torch.testing.assert_close(together, torch.cat([ours.encode_image(image) for image in images]))
+    assert not torch.allclose(together[0], together[1])
+    with pytest.raises(ValueError, match="given no pictures"):
+        ours.images_to_latents([])
+    with pytest.raises(ValueError, match="resize or convert them to one size"):
+        ours.images_to_latents([images[0], Image.new("RGB", (8, 8))])

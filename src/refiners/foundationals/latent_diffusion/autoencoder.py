@@ -3,6 +3,7 @@
 Pictures (B, 3, H, W) in [-1, 1] to latents (B, latent_channels, H / f, W / f), f = 2^(levels - 1), and back.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 import refiners.fluxion.layers as fl
 from refiners.fluxion.checks import picture
 from refiners.fluxion.context import placed
-from refiners.fluxion.utils import image_to_tensor, tensor_to_images
+from refiners.fluxion.utils import images_to_tensor, tensor_to_images
 from refiners.foundationals.latent_diffusion.tiles import run_in_tiles
 
 
@@ -184,7 +185,14 @@ class LatentDiffusionAutoencoder(fl.Chain):
 
     def encode_image(self, image: Image.Image, tile_size: int | None = None) -> Float[Tensor, "1 c h w"]:
         """A PIL image to latents; `tile_size` as for `encode`."""
-        pixels = image_to_tensor(picture(image).convert("RGB"), device=self.device, dtype=self.dtype)
+        return self.images_to_latents([image], tile_size)
+
+    def images_to_latents(
+        self, images: Sequence[Image.Image], tile_size: int | None = None
+    ) -> Float[Tensor, "b c h w"]:
+        """PIL images of one size to latents; `tile_size` as for `encode`. Raises ValueError if there are none."""
+        colours = [picture(image).convert("RGB") for image in images]
+        pixels = images_to_tensor(colours, device=self.device, dtype=self.dtype)
         return self.encode(pixels * 2 - 1, tile_size=tile_size)
 
     def decode_latents(self, x: Float[Tensor, "b c h w"]) -> Image.Image:
