@@ -270,7 +270,7 @@ def test_a_file_without_one_of_the_parts_is_refused(file: Path, part: str, what:
     ("config", "entry", "value", "message"),
     [
         ("unet", "addition_embed_type", "image", "addition_embed_type is 'image', which this model cannot be"),
-        ("unet", "transformer_layers_per_block", [1, 2], "the middle block has 2 transformer layers and the lowest"),
+        ("unet", "transformer_layers_per_block", [1, 2], r"missing \(first: 'mid_block.*blocks.1\."),
         ("unet", "time_cond_proj_dim", 8, r"1 are missing \(first: 'time_embedding.cond_proj.weight'\)"),
         ("vae", "shift_factor", 0.1, "shift_factor is 0.1"),
         ("text_encoder", "model_type", "t5", "model_type is 't5'"),

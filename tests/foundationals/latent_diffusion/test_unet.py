@@ -30,7 +30,7 @@ SPECS = {
 def reference(spec: UNetSpec) -> UNet2DConditionModel:
     has_transformer = spec.transformer_layers
     layers = [max(count, 1) for count in has_transformer]
-    layers[-1] = max(1, has_transformer[spec.middle_level])  # diffusers takes those of the middle from the last level
+    layers[-1] = spec.num_middle_layers  # diffusers takes those of the middle from the last level
     return UNet2DConditionModel(
         in_channels=spec.in_channels,
         out_channels=spec.out_channels,

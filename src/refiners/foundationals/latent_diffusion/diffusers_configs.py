@@ -20,6 +20,10 @@ from refiners.foundationals.latent_diffusion.specs import SD1, SDXL, StableDiffu
 from refiners.foundationals.latent_diffusion.unet_spec import UNetSpec
 from refiners.solvers import SolverParams
 
+# What diffusers calls blocks with transformers, and without.
+DOWN = {True: "CrossAttnDownBlock2D", False: "DownBlock2D"}
+MIDDLE = {True: "UNetMidBlock2DCrossAttn", False: "UNetMidBlock2D"}
+UP = {True: "CrossAttnUpBlock2D", False: "UpBlock2D"}
 # Options of diffusers' classes that ours do not have, and the values at which they make no difference.
 UNET_FIXED: dict[str, tuple[Any, ...]] = {
     "act_fn": ("silu",),
@@ -32,7 +36,7 @@ UNET_FIXED: dict[str, tuple[Any, ...]] = {
     "encoder_hid_dim": (None,),
     "flip_sin_to_cos": (True,),
     "freq_shift": (0,),
-    "mid_block_type": ("UNetMidBlock2DCrossAttn",),
+    "mid_block_type": (MIDDLE[True], MIDDLE[False]),
     "norm_eps": (1e-5,),
     "num_attention_heads": (None,),
     "num_class_embeds": (None,),
@@ -52,8 +56,6 @@ AUTOENCODER_FIXED: dict[str, tuple[Any, ...]] = {
     "use_quant_conv": (True,),
 }
 LAYOUT = "0.42.1"  # the version of diffusers whose layout we write
-DOWN = {True: "CrossAttnDownBlock2D", False: "DownBlock2D"}
-UP = {True: "CrossAttnUpBlock2D", False: "UpBlock2D"}
 _SD1_PIPELINES = {"make": "StableDiffusionPipeline", "fill in": "StableDiffusionInpaintPipeline"}
 _XL_PIPELINES = {
     "make": "StableDiffusionXLPipeline",
@@ -110,13 +112,8 @@ def read_unet(config: Config, where: str) -> UNetSpec:
     channels = tuple(config["block_out_channels"])
     is_cross = [kind == DOWN[True] for kind in config["down_block_types"]]
     layers = _per_level(config.get("transformer_layers_per_block", 1), channels)
-    lowest = next((count for count, cross in zip(layers[::-1], is_cross[::-1], strict=True) if cross), 1)
-    if layers[-1] != lowest:
-        raise ValueError(
-            f"{where}: the middle block has {layers[-1]} transformer layers and the lowest level with any has "
-            f"{lowest}, which this model cannot be; it is another kind of model"
-        )
-    return UNetSpec(
+    middle = 0 if config.get("mid_block_type") == MIDDLE[False] else layers[-1]
+    spec = UNetSpec(
         channels=channels,
         transformer_layers=tuple(count if cross else 0 for count, cross in zip(layers, is_cross, strict=True)),
         num_heads=_per_level(config.get("attention_head_dim", 8), channels),  # diffusers' name for it is a mistake
@@ -129,6 +126,7 @@ def read_unet(config: Config, where: str) -> UNetSpec:
         guidance_waves=config.get("time_cond_proj_dim") or 0,
         **_read_added_conditions(config),
     )
+    return spec.with_middle_layers(middle)
 
 
 def _read_added_conditions(config: Config) -> dict[str, int]:
@@ -233,6 +231,8 @@ def _index(spec: StableDiffusionSpec) -> dict[str, Any]:
 def way_down_config(unet: UNetSpec) -> dict[str, Any]:
     """What a UNet's configuration says of all but its way up and its output."""
     layers = [max(count, 1) for count in unet.transformer_layers]
+    if not unet.transformer_layers[-1]:
+        layers[-1] = max(unet.num_middle_layers, 1)  # the last number is that of the middle block as well
     added = {
         "addition_embed_type": "text_time",
         "addition_time_embed_dim": unet.time_id_waves,
@@ -247,7 +247,8 @@ def way_down_config(unet: UNetSpec) -> dict[str, Any]:
         "in_channels": unet.in_channels,
         "layers_per_block": unet.blocks_per_level,
         "norm_num_groups": unet.norm_groups,
-        "transformer_layers_per_block": [*layers[:-1], layers[unet.middle_level]],  # the last is the middle block's
+        **({} if unet.num_middle_layers else {"mid_block_type": MIDDLE[False]}),
+        "transformer_layers_per_block": layers,
         "use_linear_projection": unet.has_linear_projection,
     }
 

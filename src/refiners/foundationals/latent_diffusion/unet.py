@@ -166,15 +166,14 @@ class DownBlocks(fl.Chain):
 
 
 class MiddleBlock(fl.Chain):
-    """The lowest resolution: two residual blocks around a transformer."""
+    """The lowest resolution: two residual blocks around a transformer, or one without any."""
 
     def __init__(self, spec: UNetSpec) -> None:
-        width = spec.channels[-1]
-        num_layers = max(1, spec.transformer_layers[spec.middle_level])
+        width, num_layers = spec.channels[-1], spec.num_middle_layers
+        transformer = [SpatialTransformer(width, num_layers, spec.num_heads[-1], spec)] if num_layers else []
         super().__init__(
             ResidualBlock(width, width, spec),
-            SpatialTransformer(width, num_layers, spec.num_heads[-1], spec),
-            ResidualBlock(width, width, spec),
+            *(layer for each in transformer for layer in (each, ResidualBlock(width, width, spec))),
         )
 
 

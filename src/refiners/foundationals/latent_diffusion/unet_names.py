@@ -49,10 +49,10 @@ SINGLE_FILE_RESIDUAL_BLOCK = Names(
 )
 
 
-def transformer(spec: UNetSpec, level: int) -> Names:
-    """Names below a `SpatialTransformer` of a level; a lone transformer layer has no number with us."""
+def transformer(spec: UNetSpec, num_layers: int) -> Names:
+    """Names below a `SpatialTransformer` of so many layers; a lone transformer layer has no number with us."""
     projection = "Linear" if spec.has_linear_projection else "Conv2d"
-    is_lone = spec.transformer_layers[level] <= 1
+    is_lone = num_layers <= 1
     ours, theirs = ("TransformerLayer", "0") if is_lone else ("TransformerLayer_{n}", "{n-1}")
     return Names(
         {
@@ -64,6 +64,12 @@ def transformer(spec: UNetSpec, level: int) -> Names:
     )
 
 
+def _middle_blocks(spec: UNetSpec, theirs: tuple[str, str], block: Names) -> dict[str, Target]:
+    """The residual blocks of the middle; a lone one has no number with us."""
+    ours = ("ResidualBlock_1", "ResidualBlock_2") if spec.num_middle_layers else ("ResidualBlock",)
+    return {f"MiddleBlock.{name}": (path, block) for name, path in zip(ours, theirs, strict=False)}
+
+
 def diffusers_names(spec: UNetSpec) -> Names:
     """Ours to those of diffusers' `UNet2DConditionModel`."""
     last, blocks = len(spec.channels) - 1, spec.blocks_per_level
@@ -73,16 +79,16 @@ def diffusers_names(spec: UNetSpec) -> Names:
         "Passthrough.TimestepEncoder.TextTimeEncoder.Linear_{n}": "add_embedding.linear_{n}",
         "DownBlocks.Chain_1.Conv2d": "conv_in",
         "DownBlocks.Chain_1.PositionEncoder.Conv2d": "position_conv",
-        "MiddleBlock.ResidualBlock_{n}": ("mid_block.resnets.{n-1}", RESIDUAL_BLOCK),
-        "MiddleBlock.SpatialTransformer": ("mid_block.attentions.0", transformer(spec, spec.middle_level)),
+        **_middle_blocks(spec, ("mid_block.resnets.0", "mid_block.resnets.1"), RESIDUAL_BLOCK),
+        "MiddleBlock.SpatialTransformer": ("mid_block.attentions.0", transformer(spec, spec.num_middle_layers)),
         "OutputBlock.GroupNorm": "conv_norm_out",
         "OutputBlock.Conv2d": "conv_out",
     }
-    for level in range(last + 1):
+    for level, layers in enumerate(spec.transformer_layers):
         for block in range(blocks):
             step = f"DownBlocks.Chain_{level * (blocks + 1) + block + 2}"
             rules[f"{step}.ResidualBlock"] = (f"down_blocks.{level}.resnets.{block}", RESIDUAL_BLOCK)
-            rules[f"{step}.SpatialTransformer"] = (f"down_blocks.{level}.attentions.{block}", transformer(spec, level))
+            rules[f"{step}.SpatialTransformer"] = (f"down_blocks.{level}.attentions.{block}", transformer(spec, layers))
         if level < last:
             down = f"DownBlocks.Chain_{(level + 1) * (blocks + 1) + 1}.Downsample.Conv2d"
             rules[down] = f"down_blocks.{level}.downsamplers.0.conv"
@@ -91,7 +97,7 @@ def diffusers_names(spec: UNetSpec) -> Names:
             rules[f"{step}.ResidualBlock"] = (f"up_blocks.{level}.resnets.{block}", RESIDUAL_BLOCK)
             rules[f"{step}.SpatialTransformer"] = (
                 f"up_blocks.{level}.attentions.{block}",
-                transformer(spec, last - level),
+                transformer(spec, spec.transformer_layers[last - level]),
             )
         if level < last:
             up = f"UpBlocks.Chain_{(level + 1) * (blocks + 1)}.Upsample.Conv2d"
@@ -101,7 +107,7 @@ def diffusers_names(spec: UNetSpec) -> Names:
 
 def single_file_names(spec: UNetSpec) -> Names:
     """Ours to those of the original files, below `model.diffusion_model`."""
-    levels, blocks = range(len(spec.channels)), spec.blocks_per_level
+    last, blocks = len(spec.channels) - 1, spec.blocks_per_level
     rules: dict[str, Target] = {
         "Passthrough.TimestepEncoder.Linear_1": "time_embed.0",
         "Passthrough.TimestepEncoder.Linear_2": "time_embed.2",
@@ -112,23 +118,22 @@ def single_file_names(spec: UNetSpec) -> Names:
         "DownBlocks.Chain_1.PositionEncoder.Conv2d": "input_blocks.0.1",
         "DownBlocks.Chain_{n}.Downsample.Conv2d": "input_blocks.{n-1}.0.op",
         "DownBlocks.Chain_{n}.ResidualBlock": ("input_blocks.{n-1}.0", SINGLE_FILE_RESIDUAL_BLOCK),
-        "MiddleBlock.ResidualBlock_1": ("middle_block.0", SINGLE_FILE_RESIDUAL_BLOCK),
-        "MiddleBlock.SpatialTransformer": ("middle_block.1", transformer(spec, spec.middle_level)),
-        "MiddleBlock.ResidualBlock_2": ("middle_block.2", SINGLE_FILE_RESIDUAL_BLOCK),
+        **_middle_blocks(spec, ("middle_block.0", "middle_block.2"), SINGLE_FILE_RESIDUAL_BLOCK),
+        "MiddleBlock.SpatialTransformer": ("middle_block.1", transformer(spec, spec.num_middle_layers)),
         "UpBlocks.Chain_{n}.ResidualBlock": ("output_blocks.{n-1}.0", SINGLE_FILE_RESIDUAL_BLOCK),
         "OutputBlock.GroupNorm": "out.0",
         "OutputBlock.Conv2d": "out.2",
     }
-    for level in levels:
-        has_transformer = spec.transformer_layers[level] > 0
+    for level, layers in enumerate(spec.transformer_layers):
+        has_transformer = layers > 0
         first_down = level * (blocks + 1) + 1
-        first_up = (len(levels) - 1 - level) * (blocks + 1)
+        first_up = (last - level) * (blocks + 1)
         for step in range(first_down, first_down + blocks) if has_transformer else ():
             ours = f"DownBlocks.Chain_{step + 1}.SpatialTransformer"
-            rules[ours] = (f"input_blocks.{step}.1", transformer(spec, level))
+            rules[ours] = (f"input_blocks.{step}.1", transformer(spec, layers))
         for step in range(first_up, first_up + blocks + 1) if has_transformer else ():
             ours = f"UpBlocks.Chain_{step + 1}.SpatialTransformer"
-            rules[ours] = (f"output_blocks.{step}.1", transformer(spec, level))
+            rules[ours] = (f"output_blocks.{step}.1", transformer(spec, layers))
         if level > 0:  # the enlarging convolution comes last in its step
             step = first_up + blocks
             rules[f"UpBlocks.Chain_{step + 1}.Upsample.Conv2d"] = f"output_blocks.{step}.{1 + has_transformer}.conv"

@@ -1,6 +1,7 @@
 """The sizes of the UNets of latent diffusion, and those of the released models."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 from refiners.weights.formats import TEXT_FAMILIES, Family
 
@@ -11,6 +12,8 @@ class UNetSpec:
 
     channels: width of each level, from full to lowest resolution; each level but the last ends with a halving.
     transformer_layers: how many transformer layers follow each residual block of a level; 0 for none.
+    middle_layers: transformer layers of the middle block; None for as many as the lowest level with any has, or 1. With
+        0 the middle is a single residual block, as in small ControlNets.
     num_heads: attention heads of each level.
     has_linear_projection: whether the transformers' projections are linear layers rather than 1x1 convolutions.
     position_frequencies: how many waves along each side tell a position where it lies; 0, as in Stable Diffusion: none.
@@ -35,6 +38,7 @@ class UNetSpec:
     num_time_ids: int = 0
     time_id_waves: int = 256
     guidance_waves: int = 0
+    middle_layers: int | None = None
 
     def __post_init__(self) -> None:
         sizes = {len(self.channels), len(self.transformer_layers), len(self.num_heads)}
@@ -48,6 +52,17 @@ class UNetSpec:
                 f"pooled_text_dim {self.pooled_text_dim} and num_time_ids {self.num_time_ids} go together: give both, "
                 "or 0 for both"
             )
+
+        if self.transformer_layers[-1] and self.num_middle_layers not in (0, self.transformer_layers[-1]):
+            raise ValueError(
+                f"middle_layers is {self.middle_layers}, but with {self.transformer_layers[-1]} transformer layers at "
+                "the lowest level it can only be as many, or 0, as in diffusers"
+            )
+
+    def with_middle_layers(self, count: int) -> Self:
+        """The same with so many transformer layers in the middle block."""
+        usual = replace(self, middle_layers=None)
+        return usual if usual.num_middle_layers == count else replace(self, middle_layers=count)
 
     @property
     def time_dim(self) -> int:
@@ -66,9 +81,11 @@ class UNetSpec:
         return ("clip_text_embedding", *added, *(("condition_scale",) if self.guidance_waves else ()))
 
     @property
-    def middle_level(self) -> int:
-        """The level whose transformers the middle block has: the lowest that has any."""
-        return max((level for level, layers in enumerate(self.transformer_layers) if layers), default=0)
+    def num_middle_layers(self) -> int:
+        """How many transformer layers the middle block has."""
+        if self.middle_layers is not None:
+            return self.middle_layers
+        return next((layers for layers in reversed(self.transformer_layers) if layers), 1)
 
     @property
     def skip_channels(self) -> list[int]:

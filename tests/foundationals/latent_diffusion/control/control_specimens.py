@@ -33,7 +33,7 @@ def way_down(spec: UNetSpec) -> dict[str, Any]:
         "block_out_channels": spec.channels,
         "layers_per_block": spec.blocks_per_level,
         "down_block_types": tuple("CrossAttnDownBlock2D" if count else "DownBlock2D" for count in levels(spec)),
-        "transformer_layers_per_block": tuple(max(count, 1) for count in levels(spec)),
+        "transformer_layers_per_block": (*(max(count, 1) for count in levels(spec)[:-1]), spec.num_middle_layers or 1),
         "attention_head_dim": spec.num_heads,
         "cross_attention_dim": spec.text_dim,
         "norm_num_groups": spec.norm_groups,
@@ -54,7 +54,10 @@ def their_unet(spec: UNetSpec) -> Any:
 
 
 def their_control_net(spec: UNetSpec, channels: tuple[int, ...] = CHANNELS, **options: Any) -> Any:
-    return ControlNetModel(conditioning_embedding_out_channels=channels, **way_down(spec), **options)
+    middle = "UNetMidBlock2DCrossAttn" if spec.num_middle_layers else "UNetMidBlock2D"
+    return ControlNetModel(
+        conditioning_embedding_out_channels=channels, mid_block_type=middle, **way_down(spec), **options
+    )
 
 
 def randomize(module: nn.Module, seed: int = 0) -> None:

@@ -16,7 +16,9 @@ from control_specimens import (
     control_pair,
     inputs,
     predict,
+    predict_theirs,
     randomize,
+    relative_error,
     their_control_net,
     unet_pair,
 )
@@ -110,6 +112,42 @@ def test_diffusers_loads_what_is_saved_and_the_other_way_round(spec: UNetSpec, t
         assert torch.equal(tensor, ours.state_dict()[str(names.to_ours(key))]), key
     theirs.save_pretrained(tmp_path / "theirs")
     assert load_control_net(tmp_path / "theirs", UNet(spec)).spec == ours.spec
+
+
+SMALL = {
+    "small": replace(SPECS["SDXL"], transformer_layers=(0, 0, 0), middle_layers=0),
+    "mid": replace(SPECS["SDXL"], transformer_layers=(0, 1, 1)),
+    "only in the middle": replace(SPECS["SDXL"], transformer_layers=(0, 0, 0), middle_layers=2),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("spec", SMALL.values(), ids=SMALL)
+def test_one_with_fewer_transformers_than_the_unet_is_told_by_its_file_and_equals_diffusers(
+    spec: UNetSpec, form: str, tmp_path: Path
+) -> None:
+    control_net, their_control = control_pair(spec)
+    unet, theirs = unet_pair(SPECS["SDXL"])
+    if form == "folder":
+        their_control.save_pretrained(tmp_path / "folder")
+    path = tmp_path / "folder" if form == "folder" else saved(control_net, form, tmp_path)
+    adapter = ControlNetAdapter(unet, path, scale=0.7).inject()
+    assert adapter.control_net.spec == control_net.spec
+    arguments = inputs(SPECS["SDXL"])
+    adapter.set_controlnet_condition(arguments[-1])
+    with torch.no_grad():
+        expected = predict_theirs(theirs, [(their_control, 0.7)], *arguments)
+        assert relative_error(predict(unet, *arguments), expected) < 1e-5
+        adapter.eject()
+        assert relative_error(predict(unet, *arguments), expected) > 1e-3
+
+
+@pytest.mark.parametrize("spec", SMALL.values(), ids=SMALL)
+def test_diffusers_loads_a_saved_one_with_fewer_transformers(spec: UNetSpec, tmp_path: Path) -> None:
+    ours, _ = control_pair(spec)
+    save_control_net(ours, tmp_path)
+    theirs: Any = ControlNetModel.from_pretrained(tmp_path)
+    assert {str(diffusers_names(ours.spec).to_theirs(key)) for key in ours.state_dict()} == set(theirs.state_dict())
 
 
 def test_a_repository_of_the_hub_is_read_with_its_configuration(

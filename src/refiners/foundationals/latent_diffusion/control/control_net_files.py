@@ -2,7 +2,9 @@
 
 import json
 import re
+from collections import defaultdict
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -17,8 +19,9 @@ from refiners.foundationals.latent_diffusion.hub import fetch_from_hub
 from refiners.foundationals.latent_diffusion.parts_folder import UNCHANGED
 from refiners.foundationals.latent_diffusion.pretrained import REPOSITORY, SINGLE_FILE_SUFFIXES, fetch_from
 from refiners.foundationals.latent_diffusion.unet import UNet
+from refiners.foundationals.latent_diffusion.unet_spec import UNetSpec
 from refiners.weights.formats import Content, identify
-from refiners.weights.rules import Names
+from refiners.weights.rules import Names, UnknownNameError
 from refiners.weights.tensors import read_tensors
 
 STEM = "diffusion_pytorch_model"  # what a folder's weights are called
@@ -29,6 +32,9 @@ FORMS: dict[str, Callable[[ControlNetSpec], Names]] = {
     "input_hint_block.": single_file_names,
     "SetContextDefault.": lambda spec: UNCHANGED,
 }
+TRANSFORMER_LAYER = re.compile(
+    r"(DownBlocks\.Chain_\d+|MiddleBlock)\.SpatialTransformer\.TransformerLayer(?:_(\d+))?\."
+)
 FIRST_CONVOLUTION = "DownBlocks.Chain_1.Conv2d.weight"
 # Convolutions of the encoder of the condition, in all forms; the number tells their order.
 ENCODER_WEIGHT = re.compile(
@@ -55,10 +61,28 @@ class ControlNetFile:
             spec = control_net_configs.read_spec(self.config, str(self.path.with_name("config.json")))
             own = replace(spec.unet, position_frequencies=unet.spec.position_frequencies)  # it has no name there
             return replace(spec, unet=own)
-        spec = ControlNetSpec(replace(unet.spec, guidance_waves=0), condition_channels(self.tensors))
+        own = replace(unet.spec, guidance_waves=0)
+        spec = ControlNetSpec(self._with_own_layers(own), condition_channels(self.tensors))
         first = self.tensors.get(str(self.names(spec).to_theirs(FIRST_CONVOLUTION)))
         in_channels = spec.unet.in_channels if first is None or first.ndim != 4 else first.shape[1]
         return replace(spec, unet=replace(spec.unet, in_channels=in_channels))
+
+    def _with_own_layers(self, unet: UNetSpec) -> UNetSpec:
+        """The sizes of a UNet with the transformer layers that the tensors have: small ControlNets have fewer."""
+        levels, steps = len(unet.channels), unet.blocks_per_level + 1
+        several = replace(unet, transformer_layers=(2,) * levels, middle_layers=2)  # whose names are numbered
+        names, counts = self.names(ControlNetSpec(several)), defaultdict[str, int](int)
+        for name in self.tensors:
+            with suppress(UnknownNameError):
+                ours = str(names.to_ours(f"{name.rpartition('.')[0]}.weight"))
+                if found := TRANSFORMER_LAYER.match(ours):
+                    counts[found[1]] = max(counts[found[1]], int(found[2] or 1))
+        layers = [
+            max(counts[f"DownBlocks.Chain_{level * steps + block + 2}"] for block in range(unet.blocks_per_level))
+            for level in range(levels)
+        ]
+        own = replace(unet, transformer_layers=tuple(layers), middle_layers=None)
+        return own.with_middle_layers(counts["MiddleBlock"])
 
 
 def weights_path(where: Path | str) -> Path:
