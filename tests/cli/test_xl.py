@@ -1,15 +1,17 @@
 """Commands on Stable Diffusion XL: pictures, files of every form, and LoRAs."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from cli_specimens import FAST, fail, only_picture, pixels, succeed
 from diffusion_specimens import SPECS, small_folder
+from PIL import Image
 from torch import nn
 
 from refiners.adapters.lora import LoraAdapter
-from refiners.foundationals.latent_diffusion import StableDiffusion_XL
+from refiners.foundationals.latent_diffusion import StableDiffusion_XL, StableDiffusion_XL_Refiner
 from refiners.foundationals.latent_diffusion.lora import save_lora
 
 
@@ -47,6 +49,47 @@ def test_pictures_with_a_lora_in_another_form_are_the_same(
         succeed("generate", "a cat", "--seed", 3, "--model", model, *options, "--out", out, *FAST)
         shown[name] = pixels(only_picture(out))
     assert shown["folder"] == shown["file"] != shown["plain"]
+
+
+def test_a_refiner_goes_on_and_is_in_the_picture(xl_folder: Path, tmp_path: Path) -> None:
+    refiner = small_folder(tmp_path / "refiner", StableDiffusion_XL_Refiner)
+    options = ["generate", "a cat", "--seed", 3, "--model", xl_folder, "--steps", 5, "--device", "cpu"]
+    succeed(*options, "--refiner", f"{refiner}:0.6", "--out", tmp_path / "refined.png")
+    succeed(*options, "--out", tmp_path / "plain.png")
+    expected = StableDiffusion_XL.from_pretrained(xl_folder).generate(
+        "a cat",
+        seed=3,
+        num_inference_steps=5,
+        refiner=StableDiffusion_XL.from_pretrained(refiner),
+        refiner_start=0.6,
+        show_progress=False,
+    )
+    assert pixels(tmp_path / "refined.png") == expected[0].tobytes() != pixels(tmp_path / "plain.png")
+    with Image.open(tmp_path / "refined.png") as image:
+        assert json.loads(image.info["refiners"])["settings"]["refiner"] == f"{refiner}:0.6"
+        assert "Refiner: refiner, Refiner switch at: 0.6" in image.info["parameters"]
+    succeed("generate", "--like", tmp_path / "refined.png", "--out", tmp_path / "again.png")
+    assert (tmp_path / "again.png").read_bytes() == (tmp_path / "refined.png").read_bytes()
+    succeed("generate", "--like", tmp_path / "refined.png", "--refiner", "", "--out", tmp_path / "without.png")
+    assert pixels(tmp_path / "without.png") == pixels(tmp_path / "plain.png")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--refiner", "REFINER:1"], "above 0 and below 1"),
+        (["--refiner", "REFINER:nan"], "above 0 and below 1"),
+        (["--refiner", "nowhere.safetensors"], "nowhere.safetensors"),
+        (["--refiner", "REFINER:0.0001"], "leaves none to the base"),
+        (["--guidance", "nan"], "--guidance is nan"),
+    ],
+)
+def test_a_refiner_that_cannot_be_ends_in_one_line(
+    xl_folder: Path, tmp_path: Path, options: list[str], message: str
+) -> None:
+    options = [option.replace("REFINER", str(xl_folder)) for option in options]
+    line = fail("generate", "a cat", "--model", xl_folder, "--out", tmp_path / "a.png", *FAST, *options)
+    assert message in line and not (tmp_path / "a.png").exists()
 
 
 def test_what_it_is_made_of_is_shown(xl_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,6 +62,13 @@ ModelName = Annotated[
     str | None,
     typer.Option("--model", metavar="MODEL", help="A folder, a file, or owner/name on the hub. By default `builtin`."),
 ]
+Refiner = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODEL[:SHARE]",
+        help="A model that goes on from that share of the way, by default 0.8, such as the refiner of XL.",
+    ),
+]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 … or mps. By default auto: the fastest.")]
 Dtype = Annotated[
     str | None, typer.Option(help="auto, float32, float16 or bfloat16. By default auto: float16 on cuda, else float32.")
@@ -96,6 +103,7 @@ def generate(
     image_prompts: ImagePrompts = None,
     image_encoder: ImageEncoder = None,
     model: ModelName = None,
+    refiner: Refiner = None,
     device: Device = None,
     dtype: Dtype = None,
     tile_size: TileSize = None,
@@ -122,6 +130,7 @@ def generate(
         "image_prompts": tuple(image_prompts) if image_prompts else None,
         "image_encoder": image_encoder,
         "model": model,
+        "refiner": refiner,
         "device": device,
         "dtype": dtype,
         "tile_size": tile_size,

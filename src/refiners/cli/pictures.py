@@ -8,6 +8,7 @@ import secrets
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,9 @@ def make_pictures(
     pictures = _pictures(settings, prompts, seeds, is_repeated=like is not None)
     _check(pictures)
     paths = picture_paths(out, pictures)
-    model, settings = _prepared(settings)
+    model, refiner, settings = _prepared(settings)
     for path, picture in zip(paths, pictures, strict=True):
-        make_picture(model, replace(settings, prompt=picture.prompt, seed=picture.seed), path)
+        make_picture(model, refiner, replace(settings, prompt=picture.prompt, seed=picture.seed), path)
         typer.echo(f"{path}  seed {picture.seed}")
 
 
@@ -102,6 +103,10 @@ def _check(pictures: Sequence[Settings]) -> None:
     if settings.solver:
         solver_by_name(settings.solver)
     settings.height_and_width()
+    if settings.guidance is not None and not isfinite(settings.guidance):
+        raise ValueError(f"--guidance is {settings.guidance}, but should be a finite number, mostly 1 to 15")
+    if settings.refiner and not 0 < settings.refiner_and_start()[1] < 1:
+        raise ValueError(f"the refiner {settings.refiner!r} should start at a share of the way, above 0 and below 1")
     _check_files(settings)
 
 
@@ -111,11 +116,13 @@ def _check_files(settings: Settings) -> None:
             check_is_file(path)
 
 
-def _prepared(settings: Settings) -> tuple[StableDiffusion, Settings]:
-    """The model with its LoRAs, and the settings with what follows from the model."""
+def _prepared(settings: Settings) -> tuple[StableDiffusion, StableDiffusion | None, Settings]:
+    """The model with its LoRAs, its refiner if there is one, and the settings with what follows from the model."""
     device = choose_device(settings.device)
     dtype = choose_dtype(settings.dtype, device)
     model = load_model(settings.model, device, dtype)
+    where, start = settings.refiner_and_start()
+    refiner = load_model(where, device, dtype) if where else None
     if model.spec.is_inpainting and not settings.mask:
         raise ValueError(f"{settings.model}: this model fills in pictures: give it --init-image and --mask")
     for file, scale in settings.scaled_loras():
@@ -126,17 +133,19 @@ def _prepared(settings: Settings) -> tuple[StableDiffusion, Settings]:
     first = open_picture(settings.init_image) if settings.init_image else None
     lead(model, settings, settings.height_and_width() or model.size_for(first))
     own_solver = next(name for name, solver in SOLVERS.items() if isinstance(model.solver, solver))
-    return model, replace(
+    settings = replace(
         settings,
+        refiner=f"{where}:{start:g}" if where else None,
         device=str(device),
         dtype=str(dtype).removeprefix("torch."),
         guidance=model.spec.condition_scale if settings.guidance is None else settings.guidance,
         steps=model.solver.num_inference_steps if settings.steps is None else settings.steps,
         solver=settings.solver or own_solver,
     )
+    return model, refiner, settings
 
 
-def make_picture(model: StableDiffusion, settings: Settings, path: Path) -> None:
+def make_picture(model: StableDiffusion, refiner: StableDiffusion | None, settings: Settings, path: Path) -> None:
     """Make one picture and write it, with its settings in it. Raises ValueError if they do not fit the model."""
     image = model.generate(
         settings.prompt,
@@ -149,6 +158,8 @@ def make_picture(model: StableDiffusion, settings: Settings, path: Path) -> None
         init_image=open_picture(settings.init_image) if settings.init_image else None,
         strength=settings.strength,
         mask=open_picture(settings.mask) if settings.mask else None,
+        refiner=refiner,
+        refiner_start=settings.refiner_and_start()[1],
         tile_size=settings.tile_size,
         show_progress=sys.stdout.isatty(),
     )[0]

@@ -16,6 +16,7 @@ from typing import Any, Self, cast, get_type_hints
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from refiners.foundationals.latent_diffusion.generation import REFINER_START
 from refiners.foundationals.latent_diffusion.pretrained import BUILTIN
 
 JSON_KEY, TEXT_KEY = "refiners", "parameters"
@@ -39,6 +40,7 @@ class Settings:
 
     size: width and height in pixels, such as "512x768".
     init_image, mask, loras, model: as the user named them; a LoRA may end with `:SCALE`.
+    refiner: a model that takes over, as the user named it; may end with `:SHARE`, of the way, at which it does.
     controls: `FILE:PICTURE`, of a ControlNet and the like and the picture it sees; may end with `:SCALE`.
     ip_adapter, image_prompts: a file, and pictures for it; each may end with `:SCALE`.
     """
@@ -59,6 +61,7 @@ class Settings:
     image_prompts: tuple[str, ...] = ()
     image_encoder: str | None = None
     model: str = BUILTIN
+    refiner: str | None = None
     device: str = "auto"
     dtype: str = "auto"
     tile_size: int | None = None
@@ -88,6 +91,10 @@ class Settings:
         """File and scale of the IP-Adapter, if there is one."""
         return split_scale(self.ip_adapter or "")
 
+    def refiner_and_start(self) -> tuple[str, float]:
+        """The model that takes over, if there is one, and the share of the way at which it does."""
+        return split_scale(self.refiner or "", REFINER_START)
+
     def scaled_image_prompts(self) -> list[tuple[str, float]]:
         """File and scale of each picture that is a prompt."""
         return [split_scale(text) for text in self.image_prompts if text]
@@ -102,17 +109,17 @@ class Settings:
         return [Path(name) for name in names if name]
 
 
-def split_scale(text: str) -> tuple[str, float]:
-    """`FILE:SCALE` as a file and a scale, 1 if none is given. Raises ValueError if the scale is no number."""
+def split_scale(text: str, default: float = 1.0) -> tuple[str, float]:
+    """`FILE:SCALE` as a file and a scale, or the default one. Raises ValueError if the scale is no number."""
     file, colon, scale = text.rpartition(":")
     if not colon or Path(text).exists():
-        return text, 1.0
+        return text, default
     try:
         return file, float(scale)
     except ValueError:
         if Path(file).exists():
             raise ValueError(f"the scale of {text!r} should be a number, such as {file}:0.8") from None
-        return text, 1.0
+        return text, default
 
 
 def split_control(text: str) -> tuple[str, str, float]:
@@ -150,6 +157,7 @@ def png_texts(settings: Settings) -> PngInfo:
 def readable_text(settings: Settings) -> str:
     """The settings in the form of A1111's web UI, as well as it can say them."""
     loras = [f"<lora:{Path(file).stem}:{scale:g}>" for file, scale in settings.scaled_loras()]
+    refiner, start = settings.refiner_and_start()
     entries: dict[str, object] = {
         "Steps": settings.steps,
         "Sampler": SAMPLER_NAMES.get(settings.solver or "", settings.solver),
@@ -157,6 +165,8 @@ def readable_text(settings: Settings) -> str:
         "Seed": settings.seed,
         "Size": settings.size,
         "Model": Path(settings.model).stem,
+        "Refiner": Path(refiner).stem if refiner else None,
+        "Refiner switch at": f"{start:g}" if refiner else None,
         "Denoising strength": f"{settings.strength:g}" if settings.init_image else None,
         **{
             f"ControlNet {index}": f'"Model: {Path(file).stem}, Weight: {scale:g}"'
