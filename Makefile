@@ -18,14 +18,15 @@ format: $(READY)
 	$(BIN)/ruff check --fix --quiet
 	$(BIN)/ruff format --quiet
 
-# Form, lint, types, quick tests (layering and the documents' examples among them), and the documents' links.
-check: $(READY) types docs fast
+# Form, lint, types and quick tests: layering and the documents, with their examples, pictures and links, among them.
+check: $(READY) types fast
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 
 types: $(READY)
 	$(BIN)/pyright
 
+# The documents as a site, site/index.html: the pictures in them are made by the code on their pages.
 docs: $(READY)
 	$(BIN)/mkdocs build --quiet --strict
 
