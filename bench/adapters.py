@@ -15,8 +15,8 @@ from bench.diffusion import share
 from bench.timing import Row, compared, times
 from refiners.foundationals.latent_diffusion import SD1, StableDiffusion_1, unet_names
 from refiners.foundationals.latent_diffusion.lora import LoraWeights
-from refiners.foundationals.latent_diffusion.lora_places import find_layers
-from refiners.foundationals.latent_diffusion.loras import Loras
+from refiners.foundationals.latent_diffusion.lora.loras import Loras
+from refiners.foundationals.latent_diffusion.lora.places import find_layers
 from refiners.weights.files import write_safetensors
 
 LOADED_RANK = 176  # on all linear layers of the UNet's transformers, in half precision: about 150 MB

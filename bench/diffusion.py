@@ -30,7 +30,7 @@ from refiners.foundationals.latent_diffusion import (
     autoencoder_names,
     unet_names,
 )
-from refiners.foundationals.latent_diffusion.diffusers_configs import write_spec
+from refiners.foundationals.latent_diffusion.files.diffusers_configs import write_spec
 from refiners.weights.rules import Names
 
 BOUND = 0.95

@@ -149,7 +149,7 @@ def test_values_too_large_for_half_are_refused(folder: Path) -> None:
 
 
 def test_a_large_sum_of_small_values_is_fine() -> None:
-    from refiners.foundationals.latent_diffusion.convert import check_range
+    from refiners.foundationals.latent_diffusion.files.convert import check_range
 
     check_range({"x": torch.full((100,), 60000.0)}, torch.float16)
 
@@ -181,7 +181,7 @@ def test_scripts_say_in_one_line_what_is_wrong(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_one_part_needs_no_other(folder: Path, tmp_path: Path) -> None:
-    from refiners.foundationals.latent_diffusion.convert import convert_part
+    from refiners.foundationals.latent_diffusion.files.convert import convert_part
 
     copy = small_folder(tmp_path / "copy")
     (copy / "vae" / "diffusion_pytorch_model.safetensors").unlink()

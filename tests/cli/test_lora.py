@@ -8,7 +8,7 @@ from cli_specimens import fail, python, succeed, write_lora
 from safetensors.torch import load_file
 
 from refiners.foundationals.latent_diffusion import StableDiffusion_1
-from refiners.foundationals.latent_diffusion.loras import Loras
+from refiners.foundationals.latent_diffusion.lora.loras import Loras
 
 
 @pytest.fixture(autouse=True)

@@ -10,10 +10,10 @@ from refiners.cli.sources import open_picture
 from refiners.foundationals.clip.image_encoder_names import load_clip_image_encoder
 from refiners.foundationals.latent_diffusion.control import ControlNetAdapter, T2IAdapter
 from refiners.foundationals.latent_diffusion.control.control_net_files import weights_path
+from refiners.foundationals.latent_diffusion.files.pretrained import BUILTIN
 from refiners.foundationals.latent_diffusion.generation import TextToImage
 from refiners.foundationals.latent_diffusion.image_prompt import IPAdapter
 from refiners.foundationals.latent_diffusion.model import resized
-from refiners.foundationals.latent_diffusion.pretrained import BUILTIN
 from refiners.weights.formats import Content, identify_file
 
 ENCODER_FILES = ("model.safetensors", "pytorch_model.bin")  # in a folder of transformers

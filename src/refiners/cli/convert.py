@@ -63,7 +63,7 @@ def convert(
 def _convert_model(source: str, target: Path, form: str, half: bool) -> None:
     from refiners.cli.reports import described_storage
     from refiners.cli.sources import check_is_model
-    from refiners.foundationals.latent_diffusion.convert import read_model, write_model
+    from refiners.foundationals.latent_diffusion.files.convert import read_model, write_model
 
     check_is_model(source)
     files = read_model(source)
@@ -106,7 +106,7 @@ def run_part_script(part: str, output_file: str) -> None:
     ) -> None:
         with reported_errors(debug):
             from refiners.cli.sources import check_is_model
-            from refiners.foundationals.latent_diffusion.convert import convert_part
+            from refiners.foundationals.latent_diffusion.files.convert import convert_part
 
             check_is_model(source)
             count = convert_part(source, part, target, as_dtype(half))

@@ -16,11 +16,11 @@ from refiners.foundationals.clip.open_clip import separated
 from refiners.foundationals.latent_diffusion import (
     StableDiffusionSpec,
     autoencoder_names,
-    single_file,
     unet_names,
 )
+from refiners.foundationals.latent_diffusion.files import single_file
+from refiners.foundationals.latent_diffusion.files.parts_folder import UNCHANGED
 from refiners.foundationals.latent_diffusion.lora import inspect_lora
-from refiners.foundationals.latent_diffusion.parts_folder import UNCHANGED
 from refiners.weights.formats import Content, Family, Identity, identify
 from refiners.weights.header import DTYPES, read_header
 from refiners.weights.lora_keys import LoraFile

@@ -16,8 +16,8 @@ from typing import Any, Self, cast, get_type_hints
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from refiners.foundationals.latent_diffusion.files.pretrained import BUILTIN
 from refiners.foundationals.latent_diffusion.generation import REFINER_START
-from refiners.foundationals.latent_diffusion.pretrained import BUILTIN
 
 JSON_KEY, TEXT_KEY = "refiners", "parameters"
 # The settings that name files, besides the model.

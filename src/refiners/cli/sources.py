@@ -5,8 +5,8 @@ from pathlib import Path
 from PIL import Image, ImageOps
 
 from refiners.foundationals.latent_diffusion import StableDiffusion, StableDiffusion_1, StableDiffusion_XL
+from refiners.foundationals.latent_diffusion.files.pretrained import find_source
 from refiners.foundationals.latent_diffusion.lora import inspect_lora
-from refiners.foundationals.latent_diffusion.pretrained import find_source
 from refiners.weights.formats import Content, Family, identify, identify_file
 from refiners.weights.lora_keys import LoraFile, read_lora
 

@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from refiners.adapters.lora import LoraAdapter
-from refiners.foundationals.latent_diffusion import SD1, StableDiffusion_1, StableDiffusion_1_Inpainting, single_file
-from refiners.foundationals.latent_diffusion.single_file import LEFTOVERS
+from refiners.foundationals.latent_diffusion import SD1, StableDiffusion_1, StableDiffusion_1_Inpainting
+from refiners.foundationals.latent_diffusion.files import single_file
+from refiners.foundationals.latent_diffusion.files.single_file import LEFTOVERS
 
 
 @pytest.fixture(scope="module")

@@ -32,12 +32,11 @@ from refiners.foundationals.latent_diffusion import (
     StableDiffusion_XL_Inpainting,
     StableDiffusion_XL_Refiner,
     StableDiffusionSpec,
-    parts_folder,
-    single_file,
 )
-from refiners.foundationals.latent_diffusion.convert import FORMS, read_model, write_model
-from refiners.foundationals.latent_diffusion.diffusers_configs import write_spec
-from refiners.foundationals.latent_diffusion.diffusers_folder import parts
+from refiners.foundationals.latent_diffusion.files import parts_folder, single_file
+from refiners.foundationals.latent_diffusion.files.convert import FORMS, read_model, write_model
+from refiners.foundationals.latent_diffusion.files.diffusers_configs import write_spec
+from refiners.foundationals.latent_diffusion.files.diffusers_folder import parts
 
 CLASSES: dict[str, type[StableDiffusion]] = {
     "base": StableDiffusion_XL,
@@ -134,9 +133,9 @@ def test_a_repository_of_the_hub_is_read_from_the_cache(
 
 def test_a_model_of_the_other_family_says_which_class_holds_it(kind: str, model: Any, folder: Path) -> None:
     name = CLASSES[kind].__name__
-    with pytest.raises(ValueError, match=f"sdxl: this is no StableDiffusion_1: load it with {name}$"):
+    with pytest.raises(ValueError, match=f"sdxl: this is no StableDiffusion_1: it is a {name}, so use that"):
         StableDiffusion_1.from_pretrained(folder)
-    with pytest.raises(ValueError, match="builtin: this is no StableDiffusion_XL: load it with StableDiffusion_1"):
+    with pytest.raises(ValueError, match="builtin: this is no StableDiffusion_XL: it is a StableDiffusion_1"):
         StableDiffusion_XL.from_pretrained("builtin")
     if kind != "base":
         with pytest.raises(ValueError, match="this is no StableDiffusion_XL_"):
@@ -149,11 +148,11 @@ def test_single_files_of_the_other_family_say_which_class_holds_them(tmp_path: P
     small_model(StableDiffusion_1).save_pretrained(tmp_path / "one.safetensors")
     small_model(StableDiffusion_XL).save_pretrained(tmp_path / "xl.safetensors")
     small_model(StableDiffusion_XL_Refiner).save_pretrained(tmp_path / "refiner.safetensors")
-    with pytest.raises(ValueError, match="no StableDiffusion_XL: load it with StableDiffusion_1"):
+    with pytest.raises(ValueError, match="no StableDiffusion_XL: it is a StableDiffusion_1"):
         StableDiffusion_XL.from_pretrained(tmp_path / "one.safetensors")
-    with pytest.raises(ValueError, match="no StableDiffusion_1: load it with StableDiffusion_XL"):
+    with pytest.raises(ValueError, match="no StableDiffusion_1: it is a StableDiffusion_XL"):
         StableDiffusion_1.from_pretrained(tmp_path / "xl.safetensors")
-    with pytest.raises(ValueError, match="no StableDiffusion_1: load it with StableDiffusion_XL_Refiner"):
+    with pytest.raises(ValueError, match="no StableDiffusion_1: it is a StableDiffusion_XL_Refiner"):
         StableDiffusion_1.from_pretrained(tmp_path / "refiner.safetensors")
 
 

@@ -17,7 +17,7 @@ from refiners.foundationals.latent_diffusion import (
     StableDiffusion_1,
     StableDiffusion_1_Inpainting,
 )
-from refiners.foundationals.latent_diffusion.parts_folder import part_files
+from refiners.foundationals.latent_diffusion.files.parts_folder import part_files
 from refiners.solvers import DDIM
 
 PICTURE, MASK = Image.new("RGB", (64, 64), (200, 30, 90)), Image.new("L", (64, 64), 255)

@@ -21,7 +21,7 @@ from refiners.fluxion.context import Context
 from refiners.fluxion.utils import image_to_tensor
 from refiners.foundationals.latent_diffusion.autoencoder import LatentDiffusionAutoencoder
 from refiners.foundationals.latent_diffusion.guidance import Guidance, Prediction
-from refiners.foundationals.latent_diffusion.loras import Scheduled
+from refiners.foundationals.latent_diffusion.lora.loras import Scheduled
 from refiners.foundationals.latent_diffusion.specs import StableDiffusionSpec
 from refiners.foundationals.latent_diffusion.unet import UNet
 from refiners.foundationals.latent_diffusion.unet_call import UNetCall, UNetRunner

@@ -13,10 +13,10 @@ from refiners.fluxion.checks import list_of_texts
 from refiners.foundationals.clip.double_text_encoder import DoubleTextEncoder
 from refiners.foundationals.clip.text_encoder import CLIPTextEncoder
 from refiners.foundationals.clip.tokenizer import CLIPTokenizer
-from refiners.foundationals.latent_diffusion import pretrained
 from refiners.foundationals.latent_diffusion.autoencoder import LatentDiffusionAutoencoder
+from refiners.foundationals.latent_diffusion.files import pretrained
 from refiners.foundationals.latent_diffusion.generation import TextToImage
-from refiners.foundationals.latent_diffusion.loras import Loras
+from refiners.foundationals.latent_diffusion.lora.loras import Loras
 from refiners.foundationals.latent_diffusion.specs import StableDiffusionSpec
 from refiners.foundationals.latent_diffusion.unet import UNet
 from refiners.solvers import Solver

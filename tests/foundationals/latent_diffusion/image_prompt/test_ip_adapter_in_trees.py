@@ -19,7 +19,7 @@ from refiners.foundationals.latent_diffusion import StableDiffusion_1, UNet
 from refiners.foundationals.latent_diffusion.image_prompt import ImageProjection, IPAdapter
 from refiners.foundationals.latent_diffusion.image_prompt.attention import ImageAttention
 from refiners.foundationals.latent_diffusion.image_prompt.cross_attentions import find_cross_attentions
-from refiners.foundationals.latent_diffusion.lora_places import find_layers
+from refiners.foundationals.latent_diffusion.lora.places import find_layers
 
 
 @pytest.fixture(autouse=True)

@@ -4,8 +4,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from refiners.foundationals.latent_diffusion import diffusers_configs
 from refiners.foundationals.latent_diffusion.control.control_net import ControlNetSpec
+from refiners.foundationals.latent_diffusion.files import diffusers_configs
 
 # Options of diffusers' class that ours does not have, and the values at which they make no difference.
 FIXED: dict[str, tuple[Any, ...]] = {

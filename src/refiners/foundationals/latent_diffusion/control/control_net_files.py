@@ -14,10 +14,10 @@ from torch import Tensor
 from refiners.foundationals.latent_diffusion.control import control_net_configs
 from refiners.foundationals.latent_diffusion.control.control_net import ControlNetSpec
 from refiners.foundationals.latent_diffusion.control.control_net_names import diffusers_names, single_file_names
-from refiners.foundationals.latent_diffusion.diffusers_folder import SUFFIXES
-from refiners.foundationals.latent_diffusion.hub import fetch_from_hub
-from refiners.foundationals.latent_diffusion.parts_folder import UNCHANGED
-from refiners.foundationals.latent_diffusion.pretrained import REPOSITORY, SINGLE_FILE_SUFFIXES, fetch_from
+from refiners.foundationals.latent_diffusion.files.diffusers_folder import SUFFIXES
+from refiners.foundationals.latent_diffusion.files.hub import fetch_from_hub
+from refiners.foundationals.latent_diffusion.files.parts_folder import UNCHANGED
+from refiners.foundationals.latent_diffusion.files.pretrained import REPOSITORY, SINGLE_FILE_SUFFIXES, fetch_from
 from refiners.foundationals.latent_diffusion.unet import UNet
 from refiners.foundationals.latent_diffusion.unet_spec import UNetSpec
 from refiners.weights.formats import Content, identify

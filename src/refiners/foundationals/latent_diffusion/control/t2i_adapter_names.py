@@ -14,7 +14,7 @@ from refiners.foundationals.latent_diffusion.control.t2i_adapter_encoder import 
     ConditionEncoder,
     T2ISpec,
 )
-from refiners.foundationals.latent_diffusion.parts_folder import UNCHANGED
+from refiners.foundationals.latent_diffusion.files.parts_folder import UNCHANGED
 from refiners.foundationals.latent_diffusion.unet_spec import UNetSpec
 from refiners.weights.files import write_safetensors
 from refiners.weights.matching import match_all

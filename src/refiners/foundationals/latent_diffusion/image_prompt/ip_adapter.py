@@ -30,8 +30,8 @@ from refiners.foundationals.latent_diffusion.image_prompt.weights import (
     projection_for,
     read_ip_adapter,
 )
-from refiners.foundationals.latent_diffusion.lora_blocks import Blocks, block_factors
-from refiners.foundationals.latent_diffusion.loras import Schedule
+from refiners.foundationals.latent_diffusion.lora.blocks import Blocks, block_factors
+from refiners.foundationals.latent_diffusion.lora.loras import Schedule
 from refiners.foundationals.latent_diffusion.participant import Participant
 from refiners.foundationals.latent_diffusion.unet import HasUNet, UNet, unet_of
 from refiners.weights.files import write_safetensors

@@ -5,13 +5,13 @@ which come first in each layer: so the n-th cross-attention has the n-th odd num
 """
 
 import refiners.fluxion.layers as fl
+from refiners.foundationals.latent_diffusion.files.parts_folder import UNCHANGED
 from refiners.foundationals.latent_diffusion.image_prompt.projection import (
     FullImageProjection,
     ImageProjection,
     PerceiverResampler,
     ResamplerSpec,
 )
-from refiners.foundationals.latent_diffusion.parts_folder import UNCHANGED
 from refiners.weights.rules import Names, Target
 
 KEYS_AND_VALUES = Names({"TokenProjection_1.Linear": "to_k_ip", "TokenProjection_2.Linear": "to_v_ip"})

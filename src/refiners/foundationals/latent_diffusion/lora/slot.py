@@ -10,9 +10,9 @@ from refiners.adapters.delta import Scale, checked_scale
 from refiners.adapters.lora import LoraAdapter
 from refiners.adapters.low_rank import Lora, lora_for
 from refiners.fluxion.layers.transaction import transaction
-from refiners.foundationals.latent_diffusion.lora_places import Patchable, find_layers
-from refiners.foundationals.latent_diffusion.lora_report import LoraReport, attached_update
-from refiners.foundationals.latent_diffusion.lora_weights import LoraWeights
+from refiners.foundationals.latent_diffusion.lora.places import Patchable, find_layers
+from refiners.foundationals.latent_diffusion.lora.report import LoraReport, attached_update
+from refiners.foundationals.latent_diffusion.lora.weights import LoraWeights
 from refiners.weights.lora_keys import Kind, LoraUpdate, check_finite
 
 

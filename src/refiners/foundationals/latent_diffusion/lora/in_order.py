@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import refiners.fluxion.layers as fl
 from refiners.foundationals.clip import text_encoder
 from refiners.foundationals.latent_diffusion import unet
-from refiners.foundationals.latent_diffusion.lora_places import Layer, Patchable
+from refiners.foundationals.latent_diffusion.lora.places import Layer, Patchable
 from refiners.weights.lora_keys import Kind, LoraFile, LoraUpdate, Place
 
 _KEY = re.compile(r"(unet|text_encoder|lda)\.(\d{3,6})")

@@ -7,7 +7,7 @@ from typing import Any
 
 from refiners.foundationals.clip.text_encoder import CLIPTextSpec
 from refiners.foundationals.clip.tokenizer import END, START, load_vocabulary
-from refiners.foundationals.latent_diffusion.checked_options import Config, check_fixed
+from refiners.foundationals.latent_diffusion.files.checked_options import Config, check_fixed
 
 TEXT_ENCODER_FIXED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("quick_gelu", "gelu"),

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from refiners.foundationals.latent_diffusion.lora_places import Patchable, find_layers
-from refiners.foundationals.latent_diffusion.lora_report import AttachedUpdate, LoraReport, attached_update
-from refiners.foundationals.latent_diffusion.lora_weights import assign_updates, fitted_update
+from refiners.foundationals.latent_diffusion.lora.places import Patchable, find_layers
+from refiners.foundationals.latent_diffusion.lora.report import AttachedUpdate, LoraReport, attached_update
+from refiners.foundationals.latent_diffusion.lora.weights import assign_updates, fitted_update
 from refiners.weights.formats import Identity, identify
 from refiners.weights.lora_keys import (
     Kind,

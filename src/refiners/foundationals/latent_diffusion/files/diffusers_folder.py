@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from refiners.foundationals.clip.names import text_encoder_names
-from refiners.foundationals.latent_diffusion import autoencoder_names, diffusers_configs, unet_names
-from refiners.foundationals.latent_diffusion.diffusers_text_configs import TOKENIZERS
+from refiners.foundationals.latent_diffusion import autoencoder_names, unet_names
+from refiners.foundationals.latent_diffusion.files import diffusers_configs
+from refiners.foundationals.latent_diffusion.files.diffusers_text_configs import TOKENIZERS
 from refiners.foundationals.latent_diffusion.specs import StableDiffusionSpec
 from refiners.weights.files import read_safetensors, write_safetensors
 from refiners.weights.matching import Shapes, match_all

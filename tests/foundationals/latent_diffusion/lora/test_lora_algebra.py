@@ -30,7 +30,7 @@ from refiners.foundationals.latent_diffusion.lora import (
     resize_lora,
     to_lora,
 )
-from refiners.foundationals.latent_diffusion.loras import Loras
+from refiners.foundationals.latent_diffusion.lora.loras import Loras
 from refiners.foundationals.latent_diffusion.unet import UNet
 from refiners.weights.files import read_safetensors
 from refiners.weights.lora_keys import Kind

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from refiners.foundationals.latent_diffusion import diffusers_folder, parts_folder, pretrained, single_file
-from refiners.foundationals.latent_diffusion.single_file import SingleFile
+from refiners.foundationals.latent_diffusion.files import diffusers_folder, parts_folder, pretrained, single_file
+from refiners.foundationals.latent_diffusion.files.single_file import SingleFile
 from refiners.foundationals.latent_diffusion.specs import StableDiffusionSpec
 from refiners.foundationals.latent_diffusion.stable_diffusion import StableDiffusion
 from refiners.weights.matching import is_finite

@@ -9,8 +9,8 @@ from typing import Any, cast
 from refiners.foundationals.clip.text_encoder import CLIP_L
 from refiners.foundationals.clip.tokenizer import VOCABULARY_PATH
 from refiners.foundationals.latent_diffusion.autoencoder import AutoencoderSpec
-from refiners.foundationals.latent_diffusion.checked_options import Config, check_fixed
-from refiners.foundationals.latent_diffusion.diffusers_text_configs import (
+from refiners.foundationals.latent_diffusion.files.checked_options import Config, check_fixed
+from refiners.foundationals.latent_diffusion.files.diffusers_text_configs import (
     TOKENIZERS,
     read_text_encoder,
     text_encoder_config,

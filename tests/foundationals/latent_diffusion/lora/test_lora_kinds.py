@@ -27,8 +27,8 @@ from refiners.foundationals.latent_diffusion.lora import (
     inspect_lora,
     save_lora,
 )
-from refiners.foundationals.latent_diffusion.lora_places import find_layers
-from refiners.foundationals.latent_diffusion.lora_weights import assign_updates, fitted_update
+from refiners.foundationals.latent_diffusion.lora.places import find_layers
+from refiners.foundationals.latent_diffusion.lora.weights import assign_updates, fitted_update
 from refiners.weights.files import read_safetensors
 from refiners.weights.lora_keys import Kind, LoraFile
 

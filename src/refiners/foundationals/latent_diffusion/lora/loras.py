@@ -13,11 +13,11 @@ from refiners.adapters.delta import Delta, Scale, checked_scale
 from refiners.adapters.delta_adapter import DeltaAdapter
 from refiners.adapters.merging import Merged, merge
 from refiners.fluxion.layers.transaction import transaction
-from refiners.foundationals.latent_diffusion.lora_blocks import Blocks, block_factors
-from refiners.foundationals.latent_diffusion.lora_places import Layer, Patchable, find_deltas, find_layers
-from refiners.foundationals.latent_diffusion.lora_report import LoraReport
-from refiners.foundationals.latent_diffusion.lora_slot import LoraSlot
-from refiners.foundationals.latent_diffusion.lora_weights import LoraWeights, file_name
+from refiners.foundationals.latent_diffusion.lora.blocks import Blocks, block_factors
+from refiners.foundationals.latent_diffusion.lora.places import Layer, Patchable, find_deltas, find_layers
+from refiners.foundationals.latent_diffusion.lora.report import LoraReport
+from refiners.foundationals.latent_diffusion.lora.slot import LoraSlot
+from refiners.foundationals.latent_diffusion.lora.weights import LoraWeights, file_name
 from refiners.weights.lora_keys import UNET
 
 # How strong something is at a step: of its number, 0 … count - 1, and how many there are.

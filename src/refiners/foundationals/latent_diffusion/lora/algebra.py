@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from refiners.adapters.approximation import Limit
 from refiners.adapters.difference import Difference
-from refiners.foundationals.latent_diffusion.lora_export import in_dtype
-from refiners.foundationals.latent_diffusion.lora_losses import LayerLoss, LoraLosses
-from refiners.foundationals.latent_diffusion.lora_places import Layer, Patchable, find_deltas, find_layers
-from refiners.foundationals.latent_diffusion.lora_reduction import Outcome, reduced, weighted_delta
-from refiners.foundationals.latent_diffusion.lora_weights import LoraWeights
+from refiners.foundationals.latent_diffusion.lora.export import in_dtype
+from refiners.foundationals.latent_diffusion.lora.losses import LayerLoss, LoraLosses
+from refiners.foundationals.latent_diffusion.lora.places import Layer, Patchable, find_deltas, find_layers
+from refiners.foundationals.latent_diffusion.lora.reduction import Outcome, reduced, weighted_delta
+from refiners.foundationals.latent_diffusion.lora.weights import LoraWeights
 from refiners.weights.lora_keys import Kind, LoraFormat, LoraUpdate, check_format, save_updates
 
 Weighted = tuple[LoraUpdate, float]

@@ -8,12 +8,12 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from refiners.foundationals.latent_diffusion import diffusers_folder, single_file
-from refiners.foundationals.latent_diffusion.diffusers_folder import DiffusersFolder, Fetch
 from refiners.foundationals.latent_diffusion.embedded import EMBEDDED, EMBEDDED_WEIGHTS
-from refiners.foundationals.latent_diffusion.hub import fetch_from_hub
-from refiners.foundationals.latent_diffusion.parts_folder import UNCHANGED, UNET_FILE, PartsFolder
-from refiners.foundationals.latent_diffusion.single_file import SingleFile
+from refiners.foundationals.latent_diffusion.files import diffusers_folder, single_file
+from refiners.foundationals.latent_diffusion.files.diffusers_folder import DiffusersFolder, Fetch
+from refiners.foundationals.latent_diffusion.files.hub import fetch_from_hub
+from refiners.foundationals.latent_diffusion.files.parts_folder import UNCHANGED, UNET_FILE, PartsFolder
+from refiners.foundationals.latent_diffusion.files.single_file import SingleFile
 from refiners.foundationals.latent_diffusion.specs import StableDiffusionSpec
 from refiners.weights.devices import check_is_available
 from refiners.weights.files import read_safetensors

@@ -17,8 +17,8 @@ from refiners.adapters.deltas import make_delta
 from refiners.adapters.lora import LoraAdapter
 from refiners.adapters.low_rank import Lora
 from refiners.fluxion.layers.transaction import transaction
-from refiners.foundationals.latent_diffusion.lora_in_order import is_in_order, updates_in_order
-from refiners.foundationals.latent_diffusion.lora_places import (
+from refiners.foundationals.latent_diffusion.lora.in_order import is_in_order, updates_in_order
+from refiners.foundationals.latent_diffusion.lora.places import (
     Layer,
     Patchable,
     family_of,
@@ -26,7 +26,7 @@ from refiners.foundationals.latent_diffusion.lora_places import (
     find_layers,
     places_of,
 )
-from refiners.foundationals.latent_diffusion.lora_report import AttachedUpdate, LoraReport, attached_update
+from refiners.foundationals.latent_diffusion.lora.report import AttachedUpdate, LoraReport, attached_update
 from refiners.weights.formats import Content, Identity, identify
 from refiners.weights.lora_keys import (
     Kind,

@@ -12,8 +12,8 @@ from refiners.adapters.deltas import kind_of_parts
 from refiners.adapters.difference import Replacement
 from refiners.adapters.low_rank import Conv2dLora
 from refiners.adapters.orthogonal import InputBoft, InputOft
-from refiners.foundationals.latent_diffusion.lora_places import Layer, Patchable, find_deltas, find_layers
-from refiners.foundationals.latent_diffusion.lora_weights import LoraWeights, file_name
+from refiners.foundationals.latent_diffusion.lora.places import Layer, Patchable, find_deltas, find_layers
+from refiners.foundationals.latent_diffusion.lora.weights import LoraWeights, file_name
 from refiners.weights.lora_keys import (
     Kind,
     LoraUpdate,

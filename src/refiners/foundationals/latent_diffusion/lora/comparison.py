@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from refiners.adapters.approximation import frobenius_norm
-from refiners.foundationals.latent_diffusion.lora_places import Layer, Patchable, find_layers
-from refiners.foundationals.latent_diffusion.lora_reduction import base_of, has_weight, sum_of, weighted_delta
-from refiners.foundationals.latent_diffusion.lora_weights import LoraWeights
+from refiners.foundationals.latent_diffusion.lora.places import Layer, Patchable, find_layers
+from refiners.foundationals.latent_diffusion.lora.reduction import base_of, has_weight, sum_of, weighted_delta
+from refiners.foundationals.latent_diffusion.lora.weights import LoraWeights
 from refiners.weights.lora_keys import Kind, LoraUpdate
 
 

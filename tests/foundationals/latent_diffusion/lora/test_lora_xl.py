@@ -24,7 +24,7 @@ from refiners.foundationals.latent_diffusion.lora import (
     inspect_lora,
     save_lora,
 )
-from refiners.foundationals.latent_diffusion.lora_places import find_layers, places_of
+from refiners.foundationals.latent_diffusion.lora.places import find_layers, places_of
 
 with warnings.catch_warnings():  # what others deprecate is not ours to fix
     warnings.simplefilter("ignore")

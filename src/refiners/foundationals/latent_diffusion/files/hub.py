@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import cast
 
-from refiners.foundationals.latent_diffusion.diffusers_folder import Fetch
+from refiners.foundationals.latent_diffusion.files.diffusers_folder import Fetch
 
 _TIMEOUT_S = 10
 _BUSY, _FIRST_SERVER_ERROR = 429, 500  # HTTP's; the files of the cache do not need the hub to answer

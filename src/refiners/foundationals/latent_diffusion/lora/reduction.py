@@ -12,9 +12,9 @@ from refiners.adapters.delta import Delta
 from refiners.adapters.deltas import make_delta
 from refiners.adapters.difference import Difference
 from refiners.adapters.embedding import EmbeddingLora
-from refiners.foundationals.latent_diffusion.lora_export import in_dtype
-from refiners.foundationals.latent_diffusion.lora_losses import LayerLoss
-from refiners.foundationals.latent_diffusion.lora_places import Layer
+from refiners.foundationals.latent_diffusion.lora.export import in_dtype
+from refiners.foundationals.latent_diffusion.lora.losses import LayerLoss
+from refiners.foundationals.latent_diffusion.lora.places import Layer
 from refiners.weights.lora_keys import Kind, LoraUpdate
 
 Outcome = tuple[LoraUpdate | None, LayerLoss]  # None for an update that is not written
