@@ -14,6 +14,7 @@ from refiners.foundationals.clip.double_text_encoder import DoubleTextEncoder
 from refiners.foundationals.clip.text_encoder import CLIPTextEncoder
 from refiners.foundationals.clip.tokenizer import CLIPTokenizer
 from refiners.foundationals.latent_diffusion.autoencoder import LatentDiffusionAutoencoder
+from refiners.foundationals.latent_diffusion.copies import copied, twins_of
 from refiners.foundationals.latent_diffusion.files import pretrained
 from refiners.foundationals.latent_diffusion.generation import TextToImage
 from refiners.foundationals.latent_diffusion.lora.loras import Loras
@@ -115,16 +116,26 @@ class StableDiffusion(TextToImage, Generic[TextEncoder]):
         pretrained.save(where, self.spec, {name: adapted[name] for name in base}, dtype)
 
     def structural_copy(self) -> Self:
-        """The same weights in trees of its own: what adapts one copy does not touch the other."""
-        copy = type(self)(
+        """The same weights in trees of its own: what adapts one copy does not touch the other.
+
+        All that leads the model leads its copy: adapters, guidances, schedules of LoRAs, MultiDiffusion. Of a guidance
+        of your own the copy has the very same object, unless it has a method `copied(twins)`, which is given the
+        counterparts of the model's modules in the copy.
+        """
+        clone = type(self)(
             unet=self.unet.structural_copy(),
             lda=self.lda.structural_copy(),
             clip_text_encoder=self.clip_text_encoder.structural_copy(),
             solver=self.solver.rebuild(self.solver.num_inference_steps),
             spec=self.spec,
         )
-        self.loras.copy_schedules(copy.loras)
-        return copy
+        twins = twins_of(self, clone)
+        clone.guidances = [copied(guidance, twins) for guidance in self.guidances]
+        clone.unet_runner = copied(self.unet_runner, twins)
+        clone._lora_schedules = {name: copied(scheduled, twins) for name, scheduled in self._lora_schedules.items()}
+        for participant in clone.unet.participants:
+            participant.settle(twins)
+        return clone
 
 
 def make_text_encoder(

@@ -37,3 +37,16 @@ class UNetRunner(Protocol):
     def run(self, call: UNetCall) -> Tensor:
         """The prediction for a call that the model wants to make, (B, C', h, w)."""
         ...
+
+
+def check_one_for_each(what: str, count: int, batch: int, diffusion: Context) -> None:
+    """Raise ValueError if there are neither one of something for all pictures of a batch, nor one for each.
+
+    diffusion: the context of that name, which tells how many of the batch are for negative prompts. With several
+    windows in a batch there is one for each row already.
+    """
+    pictures = batch - diffusion.get("negatives", 0)
+    if diffusion.get("windows", 1) == 1 and (pictures or batch) % count:
+        raise ValueError(
+            f"there are {what} for {count} pictures, but {pictures or batch} are made: give one for all or for each"
+        )

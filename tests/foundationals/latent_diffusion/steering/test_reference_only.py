@@ -64,6 +64,75 @@ def test_the_prediction_equals_a_plain_computation(spec: UNetSpec, negatives: in
     assert relative_error(predict(ours, x, text, negatives), expected) < 1e-5 < relative_error(without, expected) / 100
 
 
+class TheirAdain:
+    """Keeps means and deviations of features in a first run, and gives them to the features of a second one."""
+
+    def __init__(self, unet: Any, style_cfg: float, negatives: int) -> None:
+        self.seen: dict[Any, tuple[Tensor, Tensor]] = {}
+        self.style_cfg = style_cfg
+        self.negatives = negatives
+        count = len(unet.down_blocks)
+        lower = [block for index, block in enumerate(unet.down_blocks) if 2 * (1 - index / count) <= 1]
+        lower += [block for index, block in enumerate(unet.up_blocks) if 2 * index / count <= 1]
+        layers = [layer for block in lower for layer in getattr(block, "attentions", block.resnets)]
+        for layer in (*layers, unet.mid_block):
+            layer.register_forward_hook(self.hook)
+
+    def hook(self, layer: Any, _: Any, output: Any) -> Any:
+        x = output[0] if isinstance(output, tuple) else output
+        flat = x.flatten(2)
+        mean, deviation = flat.mean(2)[..., None, None], flat.std(2, correction=0)[..., None, None]
+        if layer not in self.seen:
+            self.seen[layer] = mean, deviation
+            return None
+        seen_mean, seen_deviation = self.seen[layer]
+        led = (x - mean) / deviation * seen_deviation + seen_mean
+        is_negative = (torch.arange(len(x)) < self.negatives)[:, None, None, None]
+        led = torch.where(is_negative, self.style_cfg * led + (1 - self.style_cfg) * x, led)
+        return (led,) if isinstance(output, tuple) else led
+
+
+ADAIN_SPECS = {
+    **SPECS,
+    "four levels": UNetSpec((16, 16, 24, 24), (1, 1, 1, 0), (2, 2, 3, 3), 1, text_dim=16, norm_groups=8),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("spec", ADAIN_SPECS.values(), ids=ADAIN_SPECS)
+@pytest.mark.parametrize(
+    ("has_attention", "negatives", "size"), [(False, 0, (8, 8)), (False, 2, (6, 10)), (True, 2, (8, 8))]
+)
+def test_adain_equals_a_plain_computation(
+    spec: UNetSpec, has_attention: bool, negatives: int, size: tuple[int, int]
+) -> None:
+    ours, theirs = pair(spec)
+    x, text, reference = torch.randn(4, 4, 16, 16), torch.randn(4, 7, 16), torch.randn(2, 4, 2 * size[0], 2 * size[1])
+    without = predict(ours, x, text)
+    adapter = ReferenceOnlyControlAdapter(ours, style_cfg=0.3, has_attention=has_attention, has_adain=True).inject()
+    adapter.set_controlnet_condition(reference)
+    if has_attention:
+        theirs.set_attn_processor(TheirReferenceOnly(0.3, negatives))
+    TheirAdain(theirs, 0.3, negatives)
+    theirs(torch.cat([reference, reference]), TIMESTEP, text)
+    expected = theirs(x, TIMESTEP, text).sample
+    assert relative_error(predict(ours, x, text, negatives), expected) < 1e-5 < relative_error(without, expected) / 100
+    adapter.eject()
+    assert torch.equal(predict(ours, x, text), without)
+
+
+def test_a_reference_that_does_nothing_or_a_style_cfg_out_of_range_is_refused() -> None:
+    unet, _ = pair(SPECS["as SD1"])
+    with pytest.raises(ValueError, match="neither attention nor AdaIN"):
+        ReferenceOnlyControlAdapter(unet, has_attention=False)
+    with pytest.raises(ValueError, match=r"style_cfg is 1\.5"):
+        ReferenceOnlyControlAdapter(unet, style_cfg=1.5)
+    adapter = ReferenceOnlyControlAdapter(unet, style_cfg=0.2)
+    with pytest.raises(ValueError, match="style_cfg is nan"):
+        adapter.style_cfg = float("nan")
+    assert adapter.style_cfg == pytest.approx(0.2)
+
+
 @torch.no_grad()
 def test_the_reference_gets_the_noise_of_each_step() -> None:
     model, clean = small_model(solver=Euler(STEPS)), torch.randn(1, 4, 8, 8)

@@ -3,16 +3,17 @@
 What there is is read off the trees each time, so updates that were injected in another way, or trained, are there too.
 """
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Self
+from typing import Self, cast
 
 from refiners.adapters.delta import Delta, Scale, checked_scale
 from refiners.adapters.delta_adapter import DeltaAdapter
 from refiners.adapters.merging import Merged, merge
 from refiners.fluxion.layers.transaction import transaction
+from refiners.foundationals.latent_diffusion.copies import Twins
 from refiners.foundationals.latent_diffusion.lora.blocks import Blocks, block_factors
 from refiners.foundationals.latent_diffusion.lora.places import Layer, Patchable, find_deltas, find_layers
 from refiners.foundationals.latent_diffusion.lora.report import LoraReport
@@ -35,13 +36,13 @@ class Scheduled:
     deltas: tuple[tuple[Delta, float], ...]
     early: tuple[tuple[Delta, float], ...] = ()
 
-    def on(self, twins: Mapping[int, Delta]) -> Self:
-        """The same schedule on other updates, by the `id` of ours; those without a twin are left out."""
+    def copied(self, twins: Twins) -> Self:
+        """The same for a copy of the model; updates that have left the model since are left out."""
         late, early = (
-            tuple((twins[id(delta)], factor) for delta, factor in pairs if id(delta) in twins)
+            tuple((cast(Delta, twins[delta]), factor) for delta, factor in pairs if delta in twins)
             for pairs in (self.deltas, self.early)
         )
-        return type(self)(self.schedule, late, early)
+        return replace(self, deltas=late, early=early)
 
     def before_step(self, index: int, count: int) -> None:
         """Set the scales for a step."""
@@ -223,13 +224,6 @@ class Loras:
         if name in self:
             raise ValueError(f"there is a LoRA {name!r} on this model already: give the slot another name")
         return LoraSlot(self._model, rank, name)
-
-    def copy_schedules(self, copy: "Loras") -> None:
-        """Let the updates on a structural copy of the model follow the schedules of these."""
-        if self._schedules:
-            pairs = zip(self._found(), copy._found(), strict=True)
-            twins = {id(ours): theirs for (_, ours), (_, theirs) in pairs}
-            copy._schedules.update({name: scheduled.on(twins) for name, scheduled in self._schedules.items()})
 
     # -- how
 

@@ -5,6 +5,7 @@ linear in the prediction, that is the same as the mean of the windows' steps, wh
 """
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import replace
 from typing import Self
 
@@ -12,9 +13,10 @@ import torch
 from torch import Tensor
 
 from refiners.fluxion.context import Context
+from refiners.foundationals.latent_diffusion.copies import Twins
 from refiners.foundationals.latent_diffusion.model import LatentDiffusionModel
 from refiners.foundationals.latent_diffusion.multi_diffusion.windows import Window, Windows
-from refiners.foundationals.latent_diffusion.unet_call import UNetCall
+from refiners.foundationals.latent_diffusion.unet_call import UNetCall, check_one_for_each
 
 
 class MultiDiffusion:
@@ -33,7 +35,6 @@ class MultiDiffusion:
     is_circular: the left and the right side of the picture meet.
     is_faded: windows count less towards their sides; in the paper they count alike.
     window_batch_size: how many windows the UNet is given at once.
-    Copies of the model do not take it along.
     Raises ValueError for windows that are no whole number of latents, or strides that leave gaps.
     """
 
@@ -77,6 +78,12 @@ class MultiDiffusion:
             raise RuntimeError("this MultiDiffusion is not injected, so it cannot be ejected")
         self.model.unet_runner = None
 
+    def copied(self, twins: Twins) -> Self:
+        """The same for a copy of the model."""
+        clone = copy(self)
+        clone.model = twins[self.model]
+        return clone
+
     def windows(self, size: tuple[int, int]) -> Windows:
         """The windows on latents of that height and width."""
         factor = self.model.lda.spec.downsampling_factor
@@ -89,6 +96,8 @@ class MultiDiffusion:
         places = list(windows)
         participants = self.model.unet.participants
         spatial = {name: value for each in participants for name, value in each.spatial_conditions.items()}
+        for name, condition in spatial.items():
+            check_one_for_each(f"{name!r}", len(condition), len(call.x), call.contexts["diffusion"])
         parts: list[tuple[Window, Tensor]] = []
         for some in (places[start : start + count] for start in range(0, len(places), count)):
             predicted = self._part(call, windows, some, spatial).run(self.model.unet)

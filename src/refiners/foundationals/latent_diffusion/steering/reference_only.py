@@ -1,24 +1,35 @@
 """Reference-only control: the picture attends to a reference picture at the same level of noise as well.
 
-From discussion 1236 of Mikubill/sd-webui-controlnet; no weights of its own are needed.
+From discussions 1236 and 1280 of Mikubill/sd-webui-controlnet; no weights of its own are needed. By the second one
+features take on the statistics of the reference's as well, or only those: AdaIN (arXiv 1703.06868, eq. 8).
 """
 
-from collections.abc import Callable
-from functools import partial
-from typing import Self
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Self, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import refiners.fluxion.layers as fl
 from refiners.adapters.adapter import Adapter
 from refiners.adapters.scaling import Scaling
 from refiners.fluxion.context import Context, Contexts, placed
+from refiners.foundationals.latent_diffusion.copies import Twins, copied
 from refiners.foundationals.latent_diffusion.model import LatentDiffusionModel
 from refiners.foundationals.latent_diffusion.participant import Participant
 from refiners.foundationals.latent_diffusion.steering.self_attentions import self_attentions
 from refiners.foundationals.latent_diffusion.steering.steering import Steering
-from refiners.foundationals.latent_diffusion.unet import HasUNet, UNet, unet_of
+from refiners.foundationals.latent_diffusion.unet import (
+    DownBlocks,
+    HasUNet,
+    MiddleBlock,
+    ResidualBlock,
+    SpatialTransformer,
+    UNet,
+    UpBlocks,
+    unet_of,
+)
 from refiners.solvers.solver import Generators, unit_noise
 
 CONTEXT = "reference_only"
@@ -28,19 +39,30 @@ Reference = Callable[[int, int], Tensor]
 
 
 class ReferenceOnlyControlAdapter(Steering):
-    """Runs the UNet on a reference too, in each call, and lets every self-attention see the reference's positions.
+    """Runs the UNet on a reference too, in each call, and has the picture take after what was seen there.
 
     target: a UNet, or a model with one.
     style_cfg: how much of it the predictions for negative prompts get, 0 … 1; less makes guidance lead to it.
+    has_attention: whether every self-attention sees the reference's positions.
+    has_adain: whether features of the coarser half of the UNet get the mean and the deviation over positions that each
+        channel has in the reference.
+    Raises ValueError if it has neither, or for another style_cfg.
     """
 
-    def __init__(self, target: UNet | HasUNet, style_cfg: float = 0.5) -> None:
+    def __init__(
+        self, target: UNet | HasUNet, style_cfg: float = 0.5, has_attention: bool = True, has_adain: bool = False
+    ) -> None:
+        if not (has_attention or has_adain):
+            raise ValueError("reference-only control with neither attention nor AdaIN does nothing: choose one or both")
+        _check_style_cfg(style_cfg)
         unet = unet_of(target)
         with placed(unet.device):
-            self._attentions = [
+            attentions = [
                 (ReferencedAttention(place.product, style_cfg), place.attention) for place in self_attentions(unet)
             ]
-        super().__init__(self._attentions)
+            statistics = [(ReferencedStatistics(layer, style_cfg), place) for layer, place in coarse_features(unet)]
+        self._referenced = [*(attentions if has_attention else []), *(statistics if has_adain else [])]
+        super().__init__(self._referenced)
         self.unet = unet
         self._run = ReferenceRun()
 
@@ -53,17 +75,18 @@ class ReferenceOnlyControlAdapter(Steering):
 
     def set_reference(self, model: LatentDiffusionModel, clean: Tensor, generator: Generators = None) -> None:
         """Set the reference of all calls from now on: clean latents, which get the noise of each step of the model."""
-        self._run.set_reference(partial(_noised, model, clean, unit_noise(clean, generator)))
+        self._run.set_reference(Noised(model, clean, unit_noise(clean, generator)))
 
     @property
     def style_cfg(self) -> float:
         """How much of it the predictions for negative prompts get. What was compiled stays good."""
-        return self._attentions[0][0].Scaling.scale
+        return self._referenced[0][0].style_cfg
 
     @style_cfg.setter
     def style_cfg(self, value: float) -> None:
-        for attention, _ in self._attentions:
-            attention.Scaling.scale = value
+        _check_style_cfg(value)
+        for adapter, _ in self._referenced:
+            adapter.layer("Scaling", Scaling).scale = value
 
     def inject(self) -> Self:
         """Put the edit on the UNet. Raises RuntimeError if it, or another of its kind, is there already."""
@@ -93,13 +116,17 @@ class ReferenceRun(fl.Chain, Participant):
         """Take the reference of the calls to come, or the rule for it."""
         self._reference, self._reference_at = (reference, None) if isinstance(reference, Tensor) else (None, reference)
 
+    def settle(self, twins: Twins) -> None:
+        """Take the levels of noise from the model that this is in now, a copy of the one that it was in."""
+        self._reference_at = copied(self._reference_at, twins)
+
     def before_step(self, index: int, count: int) -> None:
         """Get the reference of a step."""
         if self._reference_at is not None:
             self._reference = self._reference_at(index, count)
 
     def init_context(self) -> Contexts:
-        return {CONTEXT: {"is_reference": False, "seen": []}}
+        return {CONTEXT: {"is_reference": False, "seen": [], "statistics": []}}
 
     def forward(self, *inputs: Tensor) -> Tensor:
         (x,), contexts, layers = inputs, self.contexts, self.ensure_parent._plan
@@ -130,25 +157,87 @@ class ReferenceRun(fl.Chain, Participant):
         return repeated if is_whole else torch.cat([repeated, further], dim=1)
 
 
-class ReferencedAttention(fl.Chain, Adapter[fl.ScaledDotProductAttention]):
-    """Keeps keys and values of the reference, and then lets the picture's queries see them too."""
+class Referenced(fl.Chain, Adapter[nn.Module]):
+    """A layer that is led by what it saw of the reference, for negative prompts in a part."""
 
-    def __init__(self, target: fl.ScaledDotProductAttention, style_cfg: float) -> None:
+    def __init__(self, target: nn.Module, style_cfg: float) -> None:
         with self.setup_adapter(target):
             super().__init__(target, fl.Return(), Scaling(style_cfg))
 
+    @property
+    def style_cfg(self) -> float:
+        """The part that negative prompts get."""
+        return cast(float, self.layer("Scaling", Scaling).scale)
+
+    @property
+    def negatives(self) -> int:
+        """How many of the batch, from its front, are for negative prompts."""
+        return self.use_context("diffusion").get("negatives", 0)
+
+    def mixed(self, led: Tensor, alone: Tensor) -> Tensor:
+        """All that is led, but of the negative prompts' a part only; alone: theirs without the reference."""
+        count = len(alone)
+        return torch.cat([alone + self.Scaling(led[:count] - alone), led[count:]])
+
+
+class ReferencedAttention(Referenced):
+    """Keeps keys and values of the reference, and then lets the picture's queries see them too."""
+
     def forward(self, *inputs: Tensor) -> Tensor:
-        (query, key, value), context = inputs, self.use_context(CONTEXT)
+        (query, key, value), context, count = inputs, self.use_context(CONTEXT), self.negatives
         if context["is_reference"]:
             context["seen"].append((key, value))
             return super().forward(query, key, value)
         seen_key, seen_value = context["seen"].pop(0)
         h = super().forward(query, torch.cat([seen_key, key], dim=1), torch.cat([seen_value, value], dim=1))
-        count = self.use_context("diffusion").get("negatives", 0)
-        if count == 0:
-            return h
-        alone = super().forward(query[:count], key[:count], value[:count])
-        return torch.cat([alone + self.Scaling(h[:count] - alone), h[count:]])
+        return self.mixed(h, super().forward(query[:count], key[:count], value[:count])) if count else h
+
+
+class ReferencedStatistics(Referenced):
+    """Keeps mean and deviation of the reference's features over positions, and then gives them to the picture's."""
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        x, context, count = super().forward(*inputs), self.use_context(CONTEXT), self.negatives
+        mean, deviation = _statistics(x)
+        if context["is_reference"]:
+            context["statistics"].append((mean, deviation))
+            return x
+        seen_mean, seen_deviation = context["statistics"].pop(0)
+        h = (x - mean) / deviation * seen_deviation + seen_mean
+        return self.mixed(h, x[:count]) if count else h
+
+
+def coarse_features(unet: UNet) -> Iterator[tuple[nn.Module, fl.Chain]]:
+    """What gives the features of the lower half of the levels, in the order of the run, each with the chain it is in.
+
+    These are the last layer of each step but the halvings and doublings, and of the middle. As by default in
+    sd-webui-controlnet, of an odd number of levels the one in the middle counts on the way up only.
+    """
+    count, blocks = len(unet.spec.channels), unet.spec.blocks_per_level
+    down, middle, up = unet.ensure_find(DownBlocks), unet.ensure_find(MiddleBlock), unet.ensure_find(UpBlocks)
+    steps: list[fl.Chain] = [
+        down[f"Chain_{level * (blocks + 1) + block + 2}"]
+        for level in range(count)
+        for block in range(blocks)
+        if 2 * level >= count
+    ]
+    steps += [middle]
+    steps += [up[f"Chain_{step + 1}"] for step in range((count // 2 + 1) * (blocks + 1))]
+    for step in steps:
+        last = [*step.layers(ResidualBlock)][-1]
+        transformer = None if step is middle else step.find(SpatialTransformer)
+        yield transformer or last, step
+
+
+def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of each channel over positions: (B, C, h, w) to (B, C, 1, 1) each."""
+    variance, mean = torch.var_mean(x, dim=(2, 3), keepdim=True, correction=0)
+    return mean, variance.clamp(min=1e-6).sqrt()
+
+
+def _check_style_cfg(value: float) -> None:
+    if not 0 <= value <= 1:
+        raise ValueError(f"style_cfg is {value}, but should be from 0 (negative prompts do without) to 1 (like all)")
 
 
 def _with_own_lists(context: Context) -> Context:
@@ -156,6 +245,18 @@ def _with_own_lists(context: Context) -> Context:
     return {key: [*value] if isinstance(value, list) else value for key, value in context.items()}
 
 
-def _noised(model: LatentDiffusionModel, clean: Tensor, noise: Tensor, index: int, count: int) -> Tensor:
-    step = model.steps[index]
-    return model.solver.scale_model_input(model.solver.add_noise(clean, noise, step), step)
+@dataclass(frozen=True)
+class Noised:
+    """A reference from clean latents, with the noise of each step of a model."""
+
+    model: LatentDiffusionModel
+    clean: Tensor
+    noise: Tensor
+
+    def __call__(self, index: int, count: int) -> Tensor:
+        solver, step = self.model.solver, self.model.steps[index]
+        return solver.scale_model_input(solver.add_noise(self.clean, self.noise, step), step)
+
+    def copied(self, twins: Twins) -> Self:
+        """The same for a copy of the model; for itself if it is another model's."""
+        return replace(self, model=twins.get(self.model, self.model))

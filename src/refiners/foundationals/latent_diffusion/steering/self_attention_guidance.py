@@ -1,5 +1,7 @@
 """Self-attention guidance (arXiv 2210.00939): away from a picture that is blurred where the model looks most."""
 
+from typing import cast
+
 import torch
 from torch import Size, Tensor
 from torch.nn import functional
@@ -31,14 +33,15 @@ class SelfAttentionGuidance(SteeredGuidance):
         end: float = 1.0,
     ) -> None:
         place = self_attentions(model.unet, "mid_block")[0]
-        self._observed = ObservedAttention(place.product)
-        super().__init__(model, [(self._observed, place.attention)], scale, start, end)
+        super().__init__(model, [(ObservedAttention(place.product), place.attention)], scale, start, end)
         self.kernel_size = kernel_size
         self.sigma = sigma
 
     def improvement(self, prediction: Prediction) -> Tensor:
         """From the prediction for degraded latents to that for the latents, for the negative prompts if there are."""
-        degraded = self.degrade(prediction.x, prediction.unguided, prediction.step, self._observed.take())
+        ((observed, _),) = self._adapters
+        attention = cast(ObservedAttention, observed).take()
+        degraded = self.degrade(prediction.x, prediction.unguided, prediction.step, attention)
         return prediction.unguided - prediction.again_unguided(degraded)
 
     def degrade(self, x: Tensor, predicted: Tensor, step: int, attention: Tensor) -> Tensor:

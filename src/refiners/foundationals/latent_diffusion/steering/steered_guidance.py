@@ -2,6 +2,8 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from copy import copy
+from math import inf
 from typing import Any, Self
 
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor
 import refiners.fluxion.layers as fl
 from refiners.adapters.adapter import Adapter
 from refiners.fluxion.layers.transaction import record
+from refiners.foundationals.latent_diffusion.copies import Twins
 from refiners.foundationals.latent_diffusion.guidance import Prediction
 from refiners.foundationals.latent_diffusion.model import LatentDiffusionModel
 from refiners.foundationals.latent_diffusion.steering.steering import Steering
@@ -20,7 +23,7 @@ class SteeredGuidance(Steering, ABC):
 
     scale: 0 and more.
     start, end: shares of the steps; only a step that lies whole between them is guided, and others cost nothing.
-    Raises ValueError if they do not satisfy 0 <= start < end <= 1.
+    Raises ValueError if they do not satisfy 0 <= start < end <= 1, or for another scale.
     """
 
     def __init__(
@@ -37,7 +40,7 @@ class SteeredGuidance(Steering, ABC):
         self.model = model
         self.start = start
         self.end = end
-        self._scale = torch.tensor(float(scale))  # a tensor, so that a new scale needs no new compilation
+        self._scale = torch.tensor(_checked(scale))  # a tensor, so that a new scale needs no new compilation
 
     @property
     def scale(self) -> float:
@@ -46,7 +49,7 @@ class SteeredGuidance(Steering, ABC):
 
     @scale.setter
     def scale(self, value: float) -> None:
-        self._scale.fill_(value)
+        self._scale.fill_(_checked(value))
 
     def inject(self) -> Self:
         """Put the edit on the UNet and the rule among the model's guidances. Raises RuntimeError if it is there."""
@@ -64,6 +67,14 @@ class SteeredGuidance(Steering, ABC):
             self.model.guidances.remove(self)
             record(lambda: self.model.guidances.insert(index, self))
 
+    def copied(self, twins: Twins) -> Self:
+        """The same for a copy of the model: injected there, with a scale of its own."""
+        clone = copy(self)
+        clone.model = twins[self.model]
+        clone._adapters = tuple((twins[adapter], twins[place]) for adapter, place in self._adapters)
+        clone._scale = self._scale.clone()
+        return clone
+
     def __call__(self, prediction: Prediction) -> Tensor:
         """What is to be added to the prediction."""
         index, count = prediction.index, prediction.count
@@ -78,3 +89,9 @@ class SteeredGuidance(Steering, ABC):
     @abstractmethod
     def improvement(self, prediction: Prediction) -> Tensor:
         """The way from a worse prediction to a good one: (B, C, h, w)."""
+
+
+def _checked(scale: float) -> float:
+    if not 0 <= scale < inf:
+        raise ValueError(f"the scale of a guidance is {scale}, but should be a finite number, 0 (off) or more")
+    return float(scale)
