@@ -21,6 +21,7 @@ from control_specimens import (
     their_arguments,
     unet_pair,
 )
+from diffusion_specimens import small_model
 from PIL import Image
 from torch import Tensor, nn
 
@@ -36,6 +37,7 @@ from refiners.foundationals.latent_diffusion.control import (
     T2ISpec,
 )
 from refiners.foundationals.latent_diffusion.image_prompt import IPAdapter
+from refiners.foundationals.latent_diffusion.multi_diffusion import MultiDiffusion
 
 pytestmark = pytest.mark.usefixtures("without_gradients")
 
@@ -289,3 +291,24 @@ def test_an_inpainting_unet_is_led_by_a_controlnet_that_sees_the_latents_alone()
     adapter.set_controlnet_condition(picture)
     predict(unet, latents, timestep, conditions)
     assert torch.equal(seen[0], latents[:, :4])
+
+
+@pytest.mark.parametrize(("conditions", "pictures"), [(2, 1), (3, 2), (2, 3)])
+def test_conditions_for_another_number_of_pictures_are_refused(conditions: int, pictures: int) -> None:
+    model = small_model()
+    text, x = torch.randn(2, 77, 32), torch.randn(pictures, 4, 8, 8)
+    edges = ControlNetAdapter(model, ControlNet(ControlNetSpec(model.unet.spec))).inject()
+    edges.set_controlnet_condition(torch.rand(conditions, 3, 64, 64))
+    for scale in (1.0, 5.0):
+        with pytest.raises(ValueError, match=f"ControlNet for {conditions} pictures, but {pictures} are made"):
+            model.predict_noise(x, model.steps[0], text, scale)
+    edges.eject()
+    features = T2IAdapter(model).inject()
+    places = enumerate(features.places)
+    features.set_condition_features([torch.randn(conditions, place.width, 8 >> i, 8 >> i) for i, place in places])
+    with pytest.raises(ValueError, match=f"T2I-Adapter for {conditions} pictures, but {pictures} are made"):
+        model.predict_noise(x, model.steps[0], text, 5.0)
+    wide = torch.randn(pictures, 4, 8, 20)
+    MultiDiffusion(model, window_size=64, window_batch_size=3).inject()
+    with pytest.raises(ValueError, match=f"for {conditions} pictures, but {pictures} are made"):
+        model.predict_noise(wide, model.steps[0], text, 5.0)

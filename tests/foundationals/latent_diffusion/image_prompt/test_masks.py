@@ -39,6 +39,10 @@ def test_masks_that_do_not_fit_are_refused() -> None:
         adapter.set_masks([])
     with pytest.raises(ValueError, match="1 scales for 2 masks"):
         adapter.set_masks([grey([[0, 1]])] * 2, scales=[1.0])
+    with pytest.raises(ValueError, match=r"are \[1\.0, nan\], but should be finite"):
+        adapter.set_masks([grey([[0, 1]])] * 2, scales=[1.0, float("nan")])
+    with pytest.raises(ValueError, match=r"pictures are \[inf, 1\.0\], but should be finite"):
+        adapter.embed_features(features("plain", pictures=2), weights=[float("inf"), 1.0])
     adapter.set_masks([grey([[0, 1]])] * 3)
     with pytest.raises(ValueError, match="3 masks, but the 8 tokens of the image prompt"):
         model.predict_noise(torch.zeros(1, 4, 8, 8), 0, torch.zeros(2, 77, 32))

@@ -29,6 +29,8 @@ def test_it_rounds_to_whole_latents_and_a_failure_leaves_the_model_as_it_was() -
     assert upscale(model, picture, 1.5, strength=1.0, **options).size == (44, 28)
     with pytest.raises(ValueError, match=r"factor is 0\.5"):
         upscale(model, picture, 0.5)
+    with pytest.raises(ValueError, match="factor is inf"):
+        upscale(model, picture, float("inf"))
     with pytest.raises(ValueError, match="strength is 2"):
         upscale(model, picture, strength=2)
     assert model.unet_runner is None

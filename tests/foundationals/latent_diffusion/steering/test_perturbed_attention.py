@@ -94,7 +94,15 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(folder: Path) -> None:
         PerturbedAttentionGuidance(model, layers="middle")
     with pytest.raises(ValueError, match=r"0 <= start < end <= 1, but they are 0.7 and 0.3"):
         PerturbedAttentionGuidance(model, start=0.7, end=0.3)
+    for scale in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"guidance is {scale}, but should be a finite number"):
+            PerturbedAttentionGuidance(model, scale=scale)
+        with pytest.raises(ValueError, match=f"adaptive_scale is {scale}"):
+            PerturbedAttentionGuidance(model, adaptive_scale=scale)
     guidance = PerturbedAttentionGuidance(model).inject()
+    with pytest.raises(ValueError, match="guidance is nan"):
+        guidance.scale = float("nan")
+    assert guidance.scale == 3.0
     with pytest.raises(RuntimeError, match="injected already"):
         guidance.inject()
     assert model.guidances == [guidance]

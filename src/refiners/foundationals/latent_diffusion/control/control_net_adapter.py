@@ -25,6 +25,7 @@ from refiners.foundationals.latent_diffusion.control.control_net_weights import 
 from refiners.foundationals.latent_diffusion.model import resized
 from refiners.foundationals.latent_diffusion.participant import Participant
 from refiners.foundationals.latent_diffusion.unet import HasUNet, UNet, unet_of
+from refiners.foundationals.latent_diffusion.unet_call import check_one_for_each
 
 READ_CONTEXTS = ("diffusion", "cross_attention")  # those of the UNet that a ControlNet sees as well
 
@@ -197,6 +198,7 @@ class ControlNetAdapter(fl.ContextModule, Participant):
                 f"{wanted} (height, width): resize it, as with set_controlnet_condition(…, size={wanted})"
             )
         value = cast(Tensor, self._kept if part is None else part)
+        check_one_for_each("conditions of a ControlNet", value.shape[0], x.shape[0], self.use_context("diffusion"))
         name = "condition" if self._kept is self.condition else "features"
         return {name: value if value.shape[0] == 1 else repeated(value, x.shape[0])}
 

@@ -29,6 +29,7 @@ from refiners.foundationals.latent_diffusion.control.t2i_adapter_names import lo
 from refiners.foundationals.latent_diffusion.model import resized
 from refiners.foundationals.latent_diffusion.participant import Participant
 from refiners.foundationals.latent_diffusion.unet import DownBlocks, HasUNet, UNet, unet_of
+from refiners.foundationals.latent_diffusion.unet_call import check_one_for_each
 
 CONTEXT = "t2i_adapter"
 
@@ -58,11 +59,7 @@ class LevelFeatures(fl.ContextModule):
                 f"the features of a T2I-Adapter are {tuple(features.shape[2:])} where the UNet's are "
                 f"{tuple(x.shape[2:])}: compute them for a picture of the size that is made"
             )
-        if x.shape[0] % features.shape[0]:
-            raise ValueError(
-                f"the features of a T2I-Adapter are for {features.shape[0]} pictures, which is no divisor of the batch "
-                f"of {x.shape[0]}: compute them for one picture, or for each"
-            )
+        check_one_for_each("features of a T2I-Adapter", features.shape[0], x.shape[0], self.use_context("diffusion"))
         return repeated(features, x.shape[0])
 
     def extra_repr(self) -> str:

@@ -7,6 +7,7 @@ Image embeddings are (2 P, T, text_dim): T tokens for each of P pictures of a ba
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from math import isfinite
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -181,6 +182,8 @@ class IPAdapter(fl.Chain, Participant):
         """
         if weights is not None and len(weights) != len(features):
             raise ValueError(f"{len(weights)} weights for {len(features)} pictures: give one for each")
+        if weights is not None and not all(map(isfinite, weights)):
+            raise ValueError(f"the weights of pictures are {list(weights)}, but should be finite numbers")
         projection = self.image_proj.structural_copy()  # by itself, so that its contexts are none of the UNet's
         features = features.to(projection.device, projection.dtype)
         blank = torch.zeros_like(features[:1]) if blank is None else blank.to(features)

@@ -1,5 +1,6 @@
 """Pictures enlarged with detail of the model's own: it goes on from the enlarged picture, in overlapping windows."""
 
+from math import inf
 from typing import Any
 
 from PIL import Image
@@ -28,8 +29,8 @@ def upscale(
     options: others of `generate`, such as seed and num_inference_steps.
     Raises ValueError if the picture would not become larger.
     """
-    if not factor >= 1:
-        raise ValueError(f"factor is {factor}, but enlarging takes 1 or more")
+    if not 1 <= factor < inf:
+        raise ValueError(f"factor is {factor}, but enlarging takes a finite number of 1 or more")
     unit = model.lda.spec.downsampling_factor
     width, height = (max(int(side * factor) // unit, 1) * unit for side in image.size)
     enlarged = image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)

@@ -1,6 +1,7 @@
 """Perturbed-attention guidance (arXiv 2403.17377): away from a picture whose positions do not see one another."""
 
 from collections.abc import Sequence
+from math import inf
 
 from torch import Tensor
 
@@ -22,7 +23,7 @@ class PerturbedAttentionGuidance(SteeredGuidance):
         or several.
     adaptive_scale: how much less the scale is for each training step (of 1000) towards the clean picture; it ends at 0.
     scale, start, end: see `SteeredGuidance`.
-    Raises ValueError for a pattern that matches none.
+    Raises ValueError for a pattern that matches none, and as `SteeredGuidance`.
     """
 
     def __init__(
@@ -34,6 +35,8 @@ class PerturbedAttentionGuidance(SteeredGuidance):
         start: float = 0.0,
         end: float = 1.0,
     ) -> None:
+        if not 0 <= adaptive_scale < inf:
+            raise ValueError(f"adaptive_scale is {adaptive_scale}, but should be a finite number, 0 (constant) or more")
         places = self_attentions(model.unet, layers)
         adapters = [(PerturbedAttention(place.product), place.attention) for place in places]
         super().__init__(model, adapters, scale, start, end)
