@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,15 @@ class Batches:
         )
 
 
+class BadBatches(Batches):
+    """Others, of which the last process gets one that is not finite."""
+
+    def get(self, epoch: int, index: int, rank: int, count: int) -> DiffusionBatch:
+        batch = super().get(epoch, index, rank, count)
+        is_bad = (epoch, index, rank) == (1, 1, count - 1)
+        return replace(batch, latents=batch.latents * torch.inf) if is_bad else batch
+
+
 class Pause(Callback):
     """Lets a step take a while, and says which one it is."""
 
@@ -79,7 +89,8 @@ def run(folder: Path, steps: int = STEPS, parallel: str = "ddp", what: str = "lo
         }  # fmt: skip
         settings = config(folder, training=training, optimizer={"learning_rate": 0.003}, checkpointing={"keep": 9})
         trainer = Trainer(
-            {"unet": sd.unet}, make_objective(sd, DiffusionLoss()), Batches(), settings, trained=trained,
+            {"unet": sd.unet}, make_objective(sd, DiffusionLoss()), BadBatches() if what == "bad" else Batches(),
+            settings, trained=trained,
             callbacks=[losses, *([Pause()] if pause else [])], process=process, blocks=blocks,
         )  # fmt: skip
         trainer.train()
@@ -176,12 +187,27 @@ def test_when_a_worker_dies_all_end_and_the_same_command_goes_on(
     assert_same_end(folder, tmp_path)
 
 
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_batch_of_one_process_that_is_not_finite_stops_all_and_the_state_before_it_is_kept(
+    tmp_path: Path, parallel: str
+) -> None:
+    arguments = {"parallel": parallel, "what": "bad"}
+    process = launch(2, __file__, str(tmp_path), json.dumps(arguments))
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode != 0
+    assert "NonFiniteError: step 3 was not made, as its loss is nan" in output
+    assert "the first bad layer is unet." in output and "not finite, and neither are its inputs" in output
+    newest = newest_checkpoint(tmp_path / "checkpoints")
+    assert newest is not None and newest.name == "step-00000002"
+
+
 RESULTS = {
     "lora": "result.safetensors",
     "finetune": "result/unet",
     "control_net": "result",
     "t2i_adapter": "result.safetensors",
     "ip_adapter": "result.safetensors",
+    "textual_inversion": "result.safetensors",
 }
 
 
@@ -191,7 +217,9 @@ def test_a_recipe_on_sharded_weights_gives_the_file_of_one_process(
 ) -> None:
     results: list[dict[str, Tensor]] = []
     others, more = tmp_path / "others", ""
-    if recipe not in ("lora", "finetune"):  # led by pictures
+    if recipe == "textual_inversion":
+        more = 'textual_inversion.initial_text = "red disc"\n'
+    elif recipe not in ("lora", "finetune"):  # led by pictures
         shutil.copytree(picture_folder, others)
         more = f'dataset.conditioning_folder = "{others}"\ntest_diffusion.conditioning = ["{others}/00.png"]\n'
     for count in (1, 2):

@@ -13,9 +13,9 @@ class NonFiniteError(ArithmeticError):
 
 
 def find_culprit(models: Mapping[str, nn.Module], compute_loss: Callable[[], Tensor]) -> str:
-    """Say in words where the first bad value arises: a weight, a layer's output, the loss or a gradient; "" if nowhere.
+    """Say in words where the first bad value of a loss arises: a weight, a layer's output, the loss; "" if nowhere.
 
-    compute_loss: as in the step that failed; run once more, with hooks. Gradients are those of the failed step.
+    compute_loss: as in the step that failed; run once more, with hooks.
     """
     for name, parameter in _parameters(models):
         if not _is_finite(parameter):
@@ -27,7 +27,12 @@ def find_culprit(models: Mapping[str, nn.Module], compute_loss: Callable[[], Ten
         return f"the first bad layer is {found[0]}"
     if not _is_finite(loss):
         return "every layer's output is finite, so it arises in the loss function itself"
-    bad = [name for name, parameter in _parameters(models) if parameter.grad is not None and _has_bad_grad(parameter)]
+    return ""
+
+
+def find_bad_gradient(models: Mapping[str, nn.Module]) -> str:
+    """Say in words which gradients of a step are bad, of which every loss is in order; "" if none is."""
+    bad = [name for name, parameter in _parameters(models) if _has_bad_grad(parameter)]
     if bad:
         return (
             f"the loss is finite, but {len(bad)} gradients are not; the last in the tree, where it began, is {bad[-1]}"
@@ -71,7 +76,7 @@ def _watched(models: Mapping[str, nn.Module], found: list[str]) -> Generator[Non
 def _make_hook(path: str, found: list[str]) -> Callable[[nn.Module, Any, Any], None]:
     def note(module: nn.Module, inputs: Any, output: Any) -> None:
         if not _is_finite(output):
-            source = "although its inputs are finite" if _is_finite(inputs) else "and so are its inputs"
+            source = "although its inputs are finite" if _is_finite(inputs) else "and neither are its inputs"
             found.append(f"{path}, a {type(module).__name__}: its output is not finite, {source}")
 
     return note

@@ -25,7 +25,7 @@ from refiners.training.clock import Clock, Period
 from refiners.training.config import TrainerConfig
 from refiners.training.distributed import Process, copy_whole, shard, shard_outermost, whole
 from refiners.training.ema import RunningMean
-from refiners.training.guard import NonFiniteError, find_culprit
+from refiners.training.guard import NonFiniteError, find_bad_gradient, find_culprit
 from refiners.training.interruption import Interruption, TrainingInterrupted
 from refiners.training.optimizers import groups_by_rate, make_optimizer
 from refiners.training.prefetch import Prefetch
@@ -349,7 +349,9 @@ class Trainer:
         if math.isfinite(loss) and (math.isfinite(norm) or has_scale_to_lose):
             return
         culprits = [find_culprit(self.models, lambda batch=batch: self._loss_of(batch)) for batch in batches]
-        first, *others = [culprit for found in self.process.gather(culprits) for culprit in found if culprit] or [""]
+        found = [culprit for each in self.process.gather(culprits) for culprit in each if culprit]
+        # a bad gradient of one process is one of all, so that it tells something only if no loss does
+        first, *others = found or [find_bad_gradient(self.models)]
         self.optimizer.zero_grad(set_to_none=True)
         if self.clock.step:
             self.save()

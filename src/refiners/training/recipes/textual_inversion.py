@@ -77,6 +77,7 @@ def run(config: TextualInversionTrainingConfig, process: Process) -> Trainer:
     extender.add_concept(settings.token, initial_vectors(sd.clip_text_encoder, settings))
     extender.inject()
     (concept,) = sd.clip_text_encoder.layers(Concept)
+    concept.weight.data = concept.weight.data.float()  # whatever the encoder is in: small changes must not get lost
 
     def save(folder: Path) -> Path:
         path = folder / f"{settings.name}.safetensors"
@@ -84,7 +85,7 @@ def run(config: TextualInversionTrainingConfig, process: Process) -> Trainer:
         return path
 
     choice = Choice(
-        models={"text_encoder": extender},
+        models={"text_encoder": sd.clip_text_encoder},
         parameters=parameters_of({"concept": concept}),
         save=save,
         trains_text=True,
@@ -95,7 +96,13 @@ def run(config: TextualInversionTrainingConfig, process: Process) -> Trainer:
 
 def initial_vectors(encoder: CLIPTextEncoder, settings: TextualInversionConfig) -> Tensor:
     """The vectors of the initial text, (vectors, D)."""
-    pieces = encoder.ensure_find(CLIPTokenizer).pieces(settings.initial_text)
+    tokenizer = encoder.ensure_find(CLIPTokenizer)
+    if settings.vectors > tokenizer.sequence_length - 2:  # one token begins a text, and one ends it
+        raise ConfigError(
+            f"textual_inversion.vectors = {settings.vectors} do not fit into a text of this model, which takes "
+            f"{tokenizer.sequence_length - 2}"
+        )
+    pieces = tokenizer.pieces(settings.initial_text)
     ids = [token_id for piece in pieces for token_id in piece.token_ids]
     if not ids:
         raise ConfigError(f"textual_inversion.initial_text = {settings.initial_text!r} has no word in it; give one")
