@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig as PeftConfig
+from PIL import Image
 from torch import Tensor, nn
 from training_specimens import SMALL, small_model, write_pictures
 
@@ -233,14 +234,33 @@ def test_dreambooth_makes_its_class_pictures_once(tmp_path: Path, model_folder: 
     )
     path = write_config(tmp_path, "dreambooth", model_folder, picture_folder, dreambooth=prior)
     trainer = train(path)
-    pictures = {file.name: file.read_bytes() for file in (tmp_path / "out" / "prior").iterdir()}
-    assert sorted(pictures) == ["00000.png", "00001.png", "00002.png"] and len(set(pictures.values())) == 3
-    (tmp_path / "out" / "prior" / "00001.png").unlink()
+    folder = tmp_path / "out" / "prior"
+    pictures = {file.name: file.read_bytes() for file in folder.iterdir()}
+    assert [name[:6] for name in sorted(pictures)] == ["00000-", "00001-", "00002-"] and len(
+        set(pictures.values())
+    ) == 3
+    (folder / max(pictures)).unlink()
     train(path)
-    assert {file.name: file.read_bytes() for file in (tmp_path / "out" / "prior").iterdir()} == pictures
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == pictures
     items = getattr(trainer.batches, "items")  # noqa: B009
     assert sorted((item.caption, item.weight) for item in items) == [("a disc", 0.5)] * 3 + [("a zwx disc", 1.0)] * 6
     assert len(load_from_safetensors(tmp_path / "out" / "lora.safetensors")) > 0
+
+
+@pytest.mark.slow
+def test_own_pictures_of_the_class_come_first_and_those_of_another_prompt_are_left_alone(
+    tmp_path: Path, model_folder: Path, picture_folder: Path
+) -> None:
+    prior = 'instance_prompt = "a zwx disc"\nclass_prompt = "{}"\nprior_images = {}\nnum_inference_steps = 1'
+    folder, read = tmp_path / "out" / "prior", dict[str, list[str]]()
+    for prompt, count in (("a disc", 2), ("a thing", 3)):
+        sections = {"dreambooth": prior.format(prompt, count), "checkpointing": "allow_changes = true"}
+        trainer = train(write_config(tmp_path, "dreambooth", model_folder, picture_folder, **sections))
+        items = getattr(trainer.batches, "items")  # noqa: B009
+        read[prompt] = [item.key for item in items if item.caption == prompt]
+        Image.new("RGB", (32, 32), "red").save(folder / "mine.png")
+    assert len(list(folder.iterdir())) == 2 + 2 + 1 and [len(keys) for keys in read.values()] == [2, 3]
+    assert not set(read["a disc"]) & set(read["a thing"])
 
 
 def test_a_subject_comes_as_often_as_its_class() -> None:

@@ -4,6 +4,7 @@ Pictures of the class, made by the model itself before it trains, are trained on
 drift towards the subject (prior preservation, section 3.3).
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,8 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from refiners.foundationals.latent_diffusion import StableDiffusion_1
-from refiners.training.data.pictures import Picture, read_folder
+from refiners.training.data.cache import fingerprint, key_of
+from refiners.training.data.pictures import SUFFIXES, Picture
 from refiners.training.distributed import Process
 from refiners.training.randomness import apart, mix
 from refiners.training.recipes.config import TextToImageConfig
@@ -22,14 +24,17 @@ from refiners.training.reporting import note
 from refiners.training.settings import PathSetting, Section, TextSetting
 from refiners.training.trainer import Trainer
 
+_MADE = re.compile(r"\d{5}-[0-9a-f]{8}\.png")
+
 
 class DreamboothConfig(Section):
     """The section `[dreambooth]`.
 
     instance_prompt: says the subject by a rare word, as in "a photo of sks dog"; the caption of all its pictures.
     class_prompt: the same without that word, "a photo of a dog".
-    prior_images: how many pictures of the class to train on; 0 for none. They are made where `prior_folder` lacks them.
-    prior_folder: None for `<save_folder>/prior`.
+    prior_images: how many pictures of the class to train on; 0 for none.
+    prior_folder: where they are; None for `<save_folder>/prior`. Pictures of your own that are there come first, and
+        what lacks is made. What was made of another prompt, seed or model is left alone.
     prior_loss_weight: how much the class counts against the subject.
     """
 
@@ -101,15 +106,22 @@ def _prior_pictures(config: DreamboothTrainingConfig, sd: StableDiffusion_1, pro
     settings = config.dreambooth
     folder = settings.prior_folder or config.checkpointing.save_folder / "prior"
     folder.mkdir(parents=True, exist_ok=True)
+    there = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in SUFFIXES]
+    paths = [path for path in there if not _MADE.fullmatch(path.name)][: settings.prior_images]
+    count = settings.prior_images - len(paths)
+    parts = (settings.class_prompt, settings.num_inference_steps, config.training.seed)
+    mark = key_of(*parts, fingerprint(sd.unet), fingerprint(sd.clip_text_encoder))[:8]
+    made = [folder / f"{number:05d}-{mark}.png" for number in range(count)]
     show = note("pictures of the class", process)
-    for number in range(process.rank, settings.prior_images, process.count):
-        path = folder / f"{number:05d}.png"
-        if not path.exists():
-            _make(sd, config, path, seed=mix(config.training.seed, "prior", number))
-        show(number + 1, settings.prior_images)
+    for number in range(process.rank, count, process.count):
+        if not made[number].exists():
+            _make(sd, config, made[number], seed=mix(config.training.seed, "prior", number))
+        show(number + 1, count)
     process.wait()
-    pictures = read_folder(folder)[: settings.prior_images]
-    return [replace(picture, caption=settings.class_prompt, weight=settings.prior_loss_weight) for picture in pictures]
+    return [
+        Picture(str(path), path.read_bytes, settings.class_prompt, weight=settings.prior_loss_weight)
+        for path in (*paths, *made)
+    ]
 
 
 def _make(sd: StableDiffusion_1, config: DreamboothTrainingConfig, path: Path, seed: int) -> None:
