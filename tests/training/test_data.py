@@ -386,7 +386,12 @@ def test_a_data_set_of_the_hub_is_read_by_column(tmp_path: Path) -> None:
     write_pictures(tmp_path / "data", 3)
     write_conditioning(tmp_path / "data" / "edges", 3)
     rows = [
-        {"file_name": f"{index:02d}.png", "caption": f"number {index}", "edges_file_name": f"edges/{index:02d}.png"}
+        {
+            "file_name": f"{index:02d}.png",
+            "edges_file_name": f"edges/{index:02d}.png",
+            "caption": f"number {index}",
+            "tags": ["a", "b"],
+        }
         for index in range(3)
     ]
     for path in (tmp_path / "data").glob("*.txt"):
@@ -398,5 +403,7 @@ def test_a_data_set_of_the_hub_is_read_by_column(tmp_path: Path) -> None:
     assert decode(pictures[1].read(), "1").size == (32, 32)
     assert pictures[1].conditioning and decode(pictures[1].conditioning(), "1").size == (64, 64)
     assert read_hub(str(tmp_path / "data"), caption_column="caption")[1].conditioning is None
-    with pytest.raises(DataError, match="there is no column 'text', only image, caption"):
+    with pytest.raises(DataError, match="there is no column 'text', only image, "):
         read_hub(str(tmp_path / "data"))
+    with pytest.raises(DataError, match=r"data\[0\]: 'tags' is \['a', 'b'\], but a caption is a text"):
+        read_hub(str(tmp_path / "data"), caption_column="tags")

@@ -135,6 +135,11 @@ def read_hub(
     for column in image_columns:
         rows = rows.cast_column(column, datasets.Image(decode=False))
 
+    captions: list[Any] = list(rows[caption_column])
+    for index, caption in enumerate(captions):
+        if not isinstance(caption, str | None):
+            raise DataError(f"{repository}[{index}]: {caption_column!r} is {caption!r}, but a caption is a text")
+
     def reader(index: int, column: str) -> Callable[[], bytes]:
         def read() -> bytes:
             image = rows[index][column]
@@ -149,7 +154,7 @@ def read_hub(
             caption,
             conditioning=None if conditioning_column is None else reader(index, conditioning_column),
         )
-        for index, caption in enumerate(cast("list[str]", list(rows[caption_column])))
+        for index, caption in enumerate(captions)
     ]
 
 
