@@ -28,7 +28,7 @@ types: $(READY)
 
 # The documents as a site, site/index.html: the pictures in them are made by the code on their pages.
 docs: $(READY)
-	$(BIN)/mkdocs build --quiet --strict
+	$(BIN)/mkdocs build --strict
 
 # The tests that take no more than a moment each.
 fast: $(READY)
