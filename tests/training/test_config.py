@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from training_specimens import config, make_trainer
+from training_specimens import config
 
 from refiners.training import ConfigError, TrainerConfig, joined
 from refiners.training.distributed import Process
@@ -61,13 +61,6 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "what the schedule lacks": (
         {"scheduler": {"scheduler_type": "cosine", "gamma": 0.5}},
         'gamma = 0.5 means nothing with scheduler_type = "cosine"',
-    ),
-    "a warm-up that does not end": (
-        {
-            "training": {"duration": "20:iteration", "gradient_accumulation": "2:iteration"},
-            "scheduler": {"warmup_steps": 10},
-        },
-        "scheduler.warmup_steps = 10 should be below the 10 steps of the training",
     ),
     "no device": ({"training": {"device": ""}}, "training.device = ''"),
 }
@@ -306,12 +299,6 @@ def test_processes_do_not_share_a_device_that_is_named(monkeypatch: pytest.Monke
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="device = 'cuda:1' puts all 2 processes on one GPU"), joined("cuda:1"):
         pass
-
-
-def test_a_warm_up_is_compared_with_the_epochs_when_they_are_known(tmp_path: Path) -> None:
-    sections = {"training": {"duration": "2:epoch"}, "scheduler": {"warmup_steps": 10}}
-    with pytest.raises(ConfigError, match=r"warmup_steps = 10 should be below the 10 steps of the training"):
-        make_trainer(tmp_path, **sections)  # of 5 batches
 
 
 def test_timesteps_are_those_of_the_model() -> None:

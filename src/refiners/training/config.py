@@ -4,7 +4,7 @@ from typing import Any, Literal, cast
 
 from pydantic import Field, field_validator, model_validator
 
-from refiners.training.clock import Clock, Period, Unit
+from refiners.training.clock import Period, Unit
 from refiners.training.optimizers import OPTIMIZERS, checked_optimizer
 from refiners.training.settings import (
     ConfigError,
@@ -192,20 +192,6 @@ class TrainerConfig(Section):
     checkpointing: CheckpointingConfig
     logging: LoggingConfig = LoggingConfig()
     wandb: WandbConfig = WandbConfig()
-
-    @model_validator(mode="after")
-    def _warms_up_in_time(self) -> "TrainerConfig":
-        if self.training.duration.unit is not Unit.EPOCH:
-            self.check_warmup(Clock(1, self.training.gradient_accumulation.number).steps_in(self.training.duration))
-        return self
-
-    def check_warmup(self, steps: int) -> None:
-        """Raise ConfigError if a training of so many steps is over before the learning rate is what is set."""
-        if self.scheduler.warmup_steps >= steps:
-            raise ConfigError(
-                f"scheduler.warmup_steps = {self.scheduler.warmup_steps} should be below the {steps} steps of the "
-                "training, or else the learning rate stays below what is set; lower it or train for longer"
-            )
 
 
 # Settings that may change between a checkpoint and the run that goes on from it: they do not bear on the weights to

@@ -109,7 +109,7 @@ def make_config(folder: Path, pictures: Path, steps: int) -> LoraTrainingConfig:
             "latent_diffusion": {"unconditional_sampling_probability": 0.1},
             "training": {"duration": f"{steps}:step", "batch_size": BATCH_SIZE, "device": "cpu"},
             "optimizer": {"learning_rate": 3e-3, "betas": (0.9, 0.99), "weight_decay": 0.0},
-            "scheduler": {"scheduler_type": "cosine", "warmup_steps": min(10, steps - 1)},
+            "scheduler": {"scheduler_type": "cosine", "warmup_steps": 10},
             "checkpointing": {"save_folder": folder, "save_interval": "100:step"},
             "logging": {"tensorboard": False},
         }

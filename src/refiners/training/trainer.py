@@ -129,7 +129,6 @@ class Trainer:
         self.clock = Clock(len(batches), config.training.gradient_accumulation.number)
         self.total_steps = self.clock.steps_in(config.training.duration)
         config.training.share_of(self.process.count)
-        config.check_warmup(self.total_steps)
         self._blocks = list(blocks)
 
     @property
