@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from refiners.cli import train as command
+from refiners.foundationals.scenes import score
 from refiners.training import ConfigError, NonFiniteError, TrainingInterrupted
+from refiners.training.data.pictures import decode, read_folder, with_captions
 from refiners.training.recipes import registry
 from refiners.training.recipes.registry import RECIPES
 
@@ -40,6 +42,16 @@ def test_every_script_has_its_config_and_every_recipe_one_that_is_valid() -> Non
     assert sorted(recipes.values()) == sorted(RECIPES)
     for name, recipe in recipes.items():
         RECIPES[recipe].config.load(configs[name])
+
+
+def test_the_pictures_as_shipped_show_what_their_captions_say() -> None:
+    hearts = with_captions(read_folder(ROOT / "configs" / "pictures" / "hearts"), "stop")
+    everything = with_captions(read_folder(ROOT / "configs" / "pictures"), "stop")
+    assert (len(hearts), len(everything)) == (24, 72)
+    captions = [str(picture.caption) for picture in everything]
+    assert sum("heart" in caption for caption in captions) == len(hearts)
+    scores = score([decode(picture.read(), picture.name) for picture in everything], captions)
+    assert scores.things > 0.98 and scores.places > 0.98, scores
 
 
 @pytest.mark.slow
