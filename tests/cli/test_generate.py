@@ -92,6 +92,7 @@ def test_a_picture_carries_its_settings(model: list[Any], folder: Path, lora: Pa
         "image_prompts": [],
         "image_encoder": None,
         "model": str(folder),
+        "refiner": None,
         "device": "cpu",
         "dtype": "float32",
         "tile_size": None,
