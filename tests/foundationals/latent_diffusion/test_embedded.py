@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from refiners.foundationals.latent_diffusion import LatentDiffusionAutoencoder, UNet
+from refiners.foundationals.latent_diffusion import LatentDiffusionAutoencoder, StableDiffusion_1, UNet
 from refiners.foundationals.latent_diffusion.embedded import (
     EMBEDDED_AUTOENCODER,
     EMBEDDED_TEXT_ENCODER,
@@ -15,8 +15,6 @@ from refiners.foundationals.latent_diffusion.embedded import (
 from refiners.foundationals.latent_diffusion.unet import Waves
 from refiners.foundationals.latent_diffusion.unet_names import diffusers_names, single_file_names
 from refiners.foundationals.scenes import Split
-from refiners.training.pretraining.__main__ import load_package
-from refiners.training.pretraining.diffusion import TextToLatents
 from refiners.training.pretraining.evaluation import evaluate
 from refiners.weights import read_header
 
@@ -64,6 +62,5 @@ def test_waves_tell_every_position_apart_at_any_size() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("split", [Split.HELD_OUT, Split.TRAIN])
 def test_pictures_obey_captions(split: Split) -> None:
-    unet, lda, encoder = load_package()
-    scores = evaluate(TextToLatents(unet, encoder), lda, count=60, split=split)
+    scores = evaluate(StableDiffusion_1.from_pretrained("builtin"), count=60, split=split)
     assert scores.things > 0.8 and scores.places > 0.8 and scores.background > 0.95, scores

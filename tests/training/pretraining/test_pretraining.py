@@ -17,12 +17,13 @@ from refiners.foundationals.latent_diffusion.embedded import (
     EMBEDDED_WEIGHTS,
     make_text_encoder,
 )
+from refiners.foundationals.latent_diffusion.files import pretrained
 from refiners.foundationals.scenes import Reader, draw_scenes, make_scenes
 from refiners.solvers.schedule import signal_powers
 from refiners.training.pretraining import __main__ as commands
 from refiners.training.pretraining import autoencoder, diffusion, reader, text
 from refiners.training.pretraining.diffusion import TextToLatents, velocity_loss
-from refiners.training.pretraining.evaluation import generate, held_out_captions
+from refiners.training.pretraining.evaluation import held_out_captions
 from refiners.training.pretraining.loop import Plan, Trainee, load_average, train
 from refiners.training.pretraining.vocabulary import scene_words, write_vocabulary
 from refiners.weights import read_header, read_safetensors
@@ -206,13 +207,6 @@ def test_latents_are_cached(tmp_path: Path) -> None:
     assert not torch.equal(latents, others)
 
 
-def test_pictures_are_made() -> None:
-    model = TextToLatents(diffusion.new_unet(), make_text_encoder())
-    lda = LatentDiffusionAutoencoder(EMBEDDED_AUTOENCODER)
-    images = generate(model, lda, ["a red circle", "a blue ring on white"], steps=2)
-    assert images.shape == (2, 3, 32, 32) and images.isfinite().all()
-
-
 def test_the_vocabulary_in_the_package_is_what_the_script_writes(tmp_path: Path) -> None:
     write_vocabulary(tmp_path / "vocabulary.txt")
     assert (tmp_path / "vocabulary.txt").read_bytes() == EMBEDDED_VOCABULARY.read_bytes()
@@ -224,6 +218,7 @@ def test_all_parts_run_one_after_the_other_and_go_on_from_the_package(
 ) -> None:
     for name in ("EMBEDDED_WEIGHTS", "READER_WEIGHTS", "EMBEDDED_VOCABULARY"):
         monkeypatch.setattr(commands, name, tmp_path / name)
+    monkeypatch.setattr(pretrained, "EMBEDDED_WEIGHTS", tmp_path / "EMBEDDED_WEIGHTS")
     monkeypatch.setattr(diffusion, "SCENE_COUNT", 64)
     first, second = tmp_path / "first", tmp_path / "second"
     first.mkdir(), second.mkdir()

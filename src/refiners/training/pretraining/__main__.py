@@ -11,10 +11,10 @@ from pathlib import Path
 from torch import Tensor
 
 from refiners.foundationals.clip.text_encoder import CLIPTextEncoder
+from refiners.foundationals.latent_diffusion import StableDiffusion_1
 from refiners.foundationals.latent_diffusion.autoencoder import LatentDiffusionAutoencoder
 from refiners.foundationals.latent_diffusion.embedded import (
     EMBEDDED_AUTOENCODER,
-    EMBEDDED_UNET,
     EMBEDDED_VOCABULARY,
     EMBEDDED_WEIGHTS,
     make_text_encoder,
@@ -26,7 +26,7 @@ from refiners.training.pretraining.diffusion import TextToLatents
 from refiners.training.pretraining.evaluation import evaluate
 from refiners.training.pretraining.loop import Plan, load_average, reporter
 from refiners.training.pretraining.vocabulary import write_vocabulary
-from refiners.weights.files import read_safetensors, write_safetensors
+from refiners.weights.files import write_safetensors
 
 PARTS = ("vocabulary", "reader", "autoencoder", "text", "diffusion", "export", "evaluate")
 GUIDANCES = (2.0, 3.0)
@@ -88,12 +88,8 @@ def load_new(folder: Path) -> Parts:
 
 def load_package() -> Parts:
     """The parts that come with the package, in full precision."""
-    unet, lda, encoder = UNet(EMBEDDED_UNET), LatentDiffusionAutoencoder(EMBEDDED_AUTOENCODER), make_text_encoder()
-    tensors = read_safetensors(EMBEDDED_WEIGHTS)
-    for name, model in zip(NAMES, (unet, lda, encoder), strict=True):
-        prefix = f"{name}."
-        model.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
-    return unet, lda, encoder
+    sd = StableDiffusion_1.from_pretrained("builtin")
+    return sd.unet, sd.lda, sd.clip_text_encoder
 
 
 def export(folder: Path) -> None:
@@ -122,11 +118,10 @@ def report_gate(lda: LatentDiffusionAutoencoder, judge: Reader, folder: Path) ->
 
 def report_scores(folder: Path, count: int) -> None:
     """How well the model in the package obeys captions, and its reader reads drawings."""
-    unet, lda, encoder = load_package()
-    model, report = TextToLatents(unet, encoder), reporter(folder)
-    report_gate(lda, load_reader(), folder)
+    sd, report = StableDiffusion_1.from_pretrained("builtin"), reporter(folder)
+    report_gate(sd.lda, load_reader(), folder)
     for guidance in GUIDANCES:
-        report(f"guidance {guidance}: {evaluate(model, lda, count, guidance)}")
+        report(f"guidance {guidance}: {evaluate(sd, count, guidance)}")
 
 
 if __name__ == "__main__":

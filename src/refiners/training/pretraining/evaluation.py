@@ -1,20 +1,13 @@
 """How well the embedded model obeys captions of scenes that are held out from training."""
 
-from collections.abc import Sequence
 from random import Random
 
 import torch
-from torch import Tensor
 
-from refiners.foundationals.latent_diffusion.autoencoder import LatentDiffusionAutoencoder
-from refiners.foundationals.latent_diffusion.embedded import EMBEDDED_SOLVER_PARAMS
-from refiners.foundationals.scenes.captions import caption_of
-from refiners.foundationals.scenes.scene import Split, make_scenes
-from refiners.foundationals.scenes.scoring import Scores, score
-from refiners.solvers import DDIM
-from refiners.training.pretraining.diffusion import TextToLatents
+from refiners.foundationals.latent_diffusion import StableDiffusion_1
+from refiners.foundationals.scenes import Scores, Split, caption_of, make_scenes, score
 
-GUIDANCE = 2.0  # more makes things come up twice where a caption leaves their places open
+BATCH_SIZE = 100
 
 
 def held_out_captions(count: int, seed: int = 0, split: Split = Split.HELD_OUT) -> list[str]:
@@ -24,41 +17,28 @@ def held_out_captions(count: int, seed: int = 0, split: Split = Split.HELD_OUT) 
     return [caption_of(scene, chance) for scene in scenes.to_list()]
 
 
-@torch.no_grad()
-def generate(
-    model: TextToLatents,
-    lda: LatentDiffusionAutoencoder,
-    captions: Sequence[str],
-    steps: int = 20,
-    guidance: float = GUIDANCE,
-    seed: int = 0,
-) -> Tensor:
-    """Pictures of captions, (B, 3, 32, 32) in about [-1, 1], by DDIM with classifier-free guidance."""
-    count, solver = len(captions), DDIM(steps, params=EMBEDDED_SOLVER_PARAMS)
-    x = torch.randn(count, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
-    text = model.clip_text_encoder([*captions, *[""] * count])
-    for step in solver.inference_steps:
-        model.unet.set_timestep(solver.timesteps[step].expand(2 * count))
-        model.unet.set_clip_text_embedding(text)
-        with_caption, without = model.unet(torch.cat([x, x])).chunk(2)
-        x = solver(x, without + guidance * (with_caption - without), step)
-    return lda.decode(x)
-
-
 def evaluate(
-    model: TextToLatents,
-    lda: LatentDiffusionAutoencoder,
+    sd: StableDiffusion_1,
     count: int = 500,
-    guidance: float = GUIDANCE,
+    guidance: float | None = None,
     split: Split = Split.HELD_OUT,
     seed: int = 0,
 ) -> Scores:
-    """Scores on `count` captions, 20 steps each."""
+    """Scores of a picture for each of `count` captions, made by DDIM in 20 steps.
+
+    guidance: None for the model's own, 2: more makes things come up twice where a caption leaves their places open.
+    """
     captions = held_out_captions(count, seed, split)
-    images = torch.cat(
-        [
-            generate(model, lda, captions[start : start + 100], guidance=guidance, seed=seed + start)
-            for start in range(0, count, 100)
-        ]
-    )
+    images = [
+        image
+        for start in range(0, count, BATCH_SIZE)
+        for image in sd.generate(
+            captions[start : start + BATCH_SIZE],
+            seed=[seed + number for number in range(start, min(start + BATCH_SIZE, count))],
+            num_inference_steps=20,
+            condition_scale=guidance,
+            solver="ddim",
+            show_progress=False,
+        )
+    ]
     return score(images, captions)
