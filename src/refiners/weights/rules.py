@@ -84,7 +84,7 @@ class _Rule:
         if self.below is None or rest is None:
             renamed = _join(target.fill(values), rest)
             return self.below is None and renamed != "", renamed
-        is_covered, inner = self.below._find(rest, is_to_theirs)
+        is_covered, inner = self.below.find(rest, is_to_theirs)
         return is_covered, None if inner is None else _join(target.fill(values), inner)
 
 
@@ -129,7 +129,7 @@ class Names:
                 yield from (_join(pattern.text, inner) for inner in rule.below.paths(is_ours))
 
     def _rename(self, name: str, is_to_theirs: bool) -> str | None:
-        is_covered, renamed = self._find(name, is_to_theirs)
+        is_covered, renamed = self.find(name, is_to_theirs)
         if not is_covered:
             shape = re.sub(r"\d+", "{n}", name)
             known = list(self.paths(is_ours=is_to_theirs))
@@ -138,7 +138,8 @@ class Names:
             raise UnknownNameError(f"no rule covers {name!r}{hint}")
         return renamed
 
-    def _find(self, name: str, is_to_theirs: bool) -> tuple[bool, str | None]:
+    def find(self, name: str, is_to_theirs: bool) -> tuple[bool, str | None]:
+        """Whether a rule covers a name, and what it is called on the other side; None if it is left out there."""
         if not is_to_theirs and any(pattern.match(name) for pattern in self.dropped):
             return True, None
         for rule in self.rules:
@@ -151,7 +152,7 @@ class Names:
         for alias in self.aliases:
             is_alias, path = alias.rename(name, is_to_theirs=True)
             if is_alias and path is not None:
-                is_covered, renamed = self._find(path, is_to_theirs=False)
+                is_covered, renamed = self.find(path, is_to_theirs=False)
                 if is_covered:
                     return True, renamed
         return False, None

@@ -28,7 +28,7 @@ def find_cross_attentions(unet: UNet) -> list[CrossAttention]:
     found: list[CrossAttention] = []
     for path, module in cast("Iterator[tuple[str, nn.Module]]", unet.named_modules()):
         if isinstance(module, fl.Attention) and not isinstance(module, fl.SelfAttention):
-            projections = [names._find(f"{path}.Linear", is_to_theirs=True)[1] for names in rules]
+            projections = [names.find(f"{path}.Linear", is_to_theirs=True)[1] for names in rules]
             names = tuple(name.removesuffix(".to_out.0") for name in projections if name)
             if names:
                 found.append(CrossAttention(Place(UNET, f"unet.{path}", "attention", (), names), module))

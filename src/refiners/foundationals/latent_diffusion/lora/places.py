@@ -137,7 +137,7 @@ def _is_weighted(module: nn.Module, parent: Any) -> bool:
 @lru_cache(maxsize=10_000)  # to work the names of a model out takes longer than to put a small LoRA on it
 def _their_name(path: str, rules: Names) -> str | None:
     """None for a layer that was added to the tree, as by an adapter."""
-    _, name = rules._find(f"{path}.weight", is_to_theirs=True)
+    _, name = rules.find(f"{path}.weight", is_to_theirs=True)
     return name and name.removesuffix(".weight")
 
 

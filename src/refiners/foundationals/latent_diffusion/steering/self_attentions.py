@@ -34,8 +34,10 @@ def self_attentions(unet: UNet, patterns: str | Sequence[str] = "") -> list[Plac
     places: list[Place] = []
     modules = cast("Iterator[tuple[str, nn.Module]]", unet.named_modules())
     for path, module in modules:
-        is_covered, name = names._find(f"{path}.Linear.weight", is_to_theirs=True)
-        if isinstance(module, fl.SelfAttention) and is_covered and name:  # others belong to an adapter
+        if not isinstance(module, fl.SelfAttention):
+            continue
+        _, name = names.find(f"{path}.Linear.weight", is_to_theirs=True)
+        if name:  # others belong to an adapter
             product = module.ensure_find(fl.ScaledDotProductAttention)
             places.append(Place(name.removesuffix(".to_out.0.weight"), module, product))
     chosen: list[Place] = []
