@@ -55,7 +55,13 @@ def inject_control_net(sd: StableDiffusion_1, config: ControlNetConfig) -> Choic
         return path
 
     trees = {"control_net": control_net}
-    return Choice({**trees}, parameters_of(trees), save, lead=Lead(PIXELS, lead, adapter.set_controlnet_condition))
+    return Choice(
+        {**trees},
+        parameters_of(trees),
+        save,
+        lead=Lead(PIXELS, lead, adapter.set_controlnet_condition),
+        blocks=[control_net.condition_encoder],  # once for all steps of a sample
+    )
 
 
 def run(config: ControlNetTrainingConfig, process: Process) -> Trainer:

@@ -229,11 +229,13 @@ def test_a_folder_that_is_written_again_holds_nothing_from_before(models: Models
 
 @pytest.mark.slow
 @pytest.mark.parametrize("half", [True, False])
-def test_the_script_converts_the_old_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, half: bool) -> None:
+def test_the_script_converts_the_old_format(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config, half: bool
+) -> None:
     layer = "mid_block.attentions.0.transformer_blocks.0.attn1.processor.to_q_lora"
     source = {f"{layer}.down.weight": torch.randn(4, 1280), f"{layer}.up.weight": torch.randn(1280, 4)}
     torch.save(source, tmp_path / "pytorch_lora_weights.bin")
-    script = Path(__file__).parents[3] / "scripts/convert-lora-weights.py"
+    script = pytestconfig.rootpath / "scripts/convert-lora-weights.py"
     output = tmp_path / "pokemon_lora.safetensors"
     arguments = ["--from", str(tmp_path / "pytorch_lora_weights.bin"), "--output-file", str(output)]
     monkeypatch.setattr(sys, "argv", [str(script), *arguments, *(["--half"] if half else [])])
