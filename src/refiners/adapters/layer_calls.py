@@ -5,6 +5,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from refiners.fluxion.layers.conv import Conv2d
+from refiners.fluxion.layers.linear import Linear
 from refiners.fluxion.layers.norm import LayerNorm2d
 
 CALLABLE = (nn.Linear, nn.Conv2d, nn.Embedding, nn.LayerNorm, nn.GroupNorm, LayerNorm2d)
@@ -17,8 +19,12 @@ def call_layer(layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None)
     """
     found: Any = layer
     match found:
+        case Linear():
+            return found.multiply(x, weight, bias)
         case nn.Linear():
             return F.linear(x, weight, bias)
+        case Conv2d():
+            return found.convolve(x, weight, bias)
         case nn.Conv2d():
             return found._conv_forward(x, weight, bias)
         case nn.Embedding():

@@ -76,6 +76,14 @@ class Lora(RankedDelta, ABC, Generic[Map]):
         down (R, ...), up (out, R, ...) and factor (R,) or (B, R), for R the sum of the ranks and B samples.
         """
 
+    @abstractmethod
+    def is_update_of(self, layer: nn.Module) -> bool:
+        """Whether `layer` does nothing but map by its weight, and this map is the same as a part of that."""
+
+    def added_to_weight(self, weight: Tensor, down: Tensor, up: Tensor, factor: Tensor) -> Tensor:
+        """The sum of a layer's weight and the update by weights as `add_to` takes them, with factor (R,)."""
+        return torch.addmm(weight.flatten(1), up.flatten(1) * factor, down.flatten(1)).view_as(weight)
+
     def update(self, x: Tensor, output: Tensor, layer: nn.Module) -> Tensor:
         """As in `Delta`; a LoRA needs neither the layer nor its output."""
         return self(x)
@@ -183,6 +191,10 @@ class LinearLora(Lora[Linear]):
         """The product of the way up and the way down."""
         down, up = self._factors_for(weight)
         return up @ down
+
+    def is_update_of(self, layer: nn.Module) -> bool:
+        """Whether `layer` is linear and nothing else, as some that derive from one are not."""
+        return type(layer).forward in (Linear.forward, nn.Linear.forward)
 
     def add_to(self, base: Tensor, x: Tensor, down: Tensor, up: Tensor, factor: Tensor) -> Tensor:
         """The sum of `base` and the update: two matrix products, the second of which also adds."""
@@ -303,8 +315,7 @@ class Conv2dLora(Lora[Conv2d]):
 
     @property
     def _geometry(self) -> tuple[Any, ...]:
-        conv = self._spatial
-        return (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.padding_mode)
+        return _geometry(self._spatial)
 
     @property
     def _is_plain(self) -> bool:
@@ -376,10 +387,20 @@ class Conv2dLora(Lora[Conv2d]):
         downs = down.reshape(groups, -1, *down.shape[1:]).flatten(3)
         return torch.einsum("gorp,griq->goipq", ups, downs).reshape(weight.shape)
 
+    def is_update_of(self, layer: nn.Module) -> bool:
+        """Whether `layer` is a convolution and nothing else, of one group and the geometry of this map."""
+        if type(layer).forward not in (Conv2d.forward, nn.Conv2d.forward):
+            return False
+        return cast(nn.Conv2d, layer).groups == 1 and _geometry(cast(nn.Conv2d, layer)) == self._geometry
+
     def add_to(self, base: Tensor, x: Tensor, down: Tensor, up: Tensor, factor: Tensor) -> Tensor:
         """The sum of `base` and the update: one convolution down, one up."""
         h = self._spatial._conv_forward(x, down, None)
         return base + F.conv2d(h * self._spread(factor, h), up)
+
+
+def _geometry(conv: nn.Conv2d) -> tuple[Any, ...]:
+    return (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.padding_mode)
 
 
 def lora_for(
@@ -414,8 +435,13 @@ def lora_for(
 
 def needs_cast(x: Tensor, dtype: torch.dtype) -> bool:
     """Whether `x` has to be brought to `dtype` by hand, as autocast does not do it."""
+    return x.dtype is not dtype and not is_autocast_on(x)
+
+
+def is_autocast_on(x: Tensor) -> bool:
+    """Whether products with `x` run in the precision of autocast."""
     kind = x.device.type
-    return x.dtype is not dtype and not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind))
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def _check_rank(rank: int, groups: int = 1) -> None:

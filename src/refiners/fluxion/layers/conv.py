@@ -67,24 +67,31 @@ class Conv2d(nn.Conv2d, WeightedModule):
             return run_frozen(input, self.weight, self._convolve, self._gradient)
         return self._convolve(input)
 
-    def _convolve(self, input: Tensor) -> Tensor:
-        if self.weight.device.type == "cpu" and input.ndim == 4 and self._is_plain(input.dtype):
+    def convolve(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """What this layer returns with another weight and bias, of as many or other channels.
+
+        input (B, C, H, W), weight (K, C, *kernel_size), bias (K,): (B, K, H', W').
+        """
+        if input.is_cpu and input.ndim == 4 and input.dtype == weight.dtype and self._is_plain(weight.dtype):
             positions = input.shape[0] * input.shape[2] * input.shape[3]
-            if positions <= MOST_POSITIONS and self.weight.numel() >= FEWEST_WEIGHTS:
-                return self._product(input)
-            if positions >= WINOGRAD_POSITIONS and self._suits_winograd():
-                return winograd.convolve(input, self.weight, self.bias, cast("tuple[int, int]", self.padding))
-        return super().forward(input)
+            if positions <= MOST_POSITIONS and weight.numel() >= FEWEST_WEIGHTS:
+                return self._product(input, weight, bias)
+            if positions >= WINOGRAD_POSITIONS and self._suits_winograd(weight):
+                return winograd.convolve(input, weight, bias, cast("tuple[int, int]", self.padding))
+        return self._conv_forward(input, weight, bias)
+
+    def _convolve(self, input: Tensor) -> Tensor:
+        return self.convolve(input, self.weight, self.bias)
 
     def _gradient(self, gradient: Tensor, weight: Tensor, size: torch.Size) -> Tensor:
         """The gradient of an input of some size, from that of the output."""
         padding = cast("tuple[int, int]", self.padding)
-        if gradient.is_cpu and gradient.ndim == 4 and self._is_plain(gradient.dtype):
+        if gradient.is_cpu and gradient.ndim == 4 and gradient.dtype == weight.dtype and self._is_plain(weight.dtype):
             positions = gradient.shape[0] * gradient.shape[2] * gradient.shape[3]
             if positions <= MOST_POSITIONS and weight.numel() >= FEWEST_WEIGHTS:
                 windows = product(gradient.flatten(2).transpose(1, 2), weight.flatten(1).t(), None).transpose(1, 2)
                 return functional.fold(windows, size[2:], self.kernel_size, self.dilation, padding, self.stride)
-            if positions >= WINOGRAD_POSITIONS and self._suits_winograd() and max(padding) <= 2:
+            if positions >= WINOGRAD_POSITIONS and self._suits_winograd(weight) and max(padding) <= 2:
                 turned = weight.flip(2, 3).transpose(0, 1)  # what each input was seen with, from its outputs' side
                 return winograd.convolve(gradient, turned, None, (2 - padding[0], 2 - padding[1]))
         of_layers: Any = layer_gradients  # torch types its pairs as single numbers
@@ -96,22 +103,22 @@ class Conv2d(nn.Conv2d, WeightedModule):
     def _is_plain(self, dtype: torch.dtype) -> bool:
         return (
             self.kernel_size != (1, 1)
-            and dtype == self.weight.dtype == torch.float32
+            and dtype == torch.float32
             and self.groups == 1
             and self._has_plain_padding()
             and not torch.compiler.is_compiling()
             and not torch.is_autocast_enabled("cpu")
         )
 
-    def _suits_winograd(self) -> bool:
+    def _suits_winograd(self, weight: Tensor) -> bool:
         return (
             self.kernel_size == (3, 3)
             and self.stride == self.dilation == (1, 1)
-            and min(self.in_channels, self.out_channels) >= WINOGRAD_CHANNELS
+            and min(weight.shape[:2]) >= WINOGRAD_CHANNELS
             and not torch.is_grad_enabled()  # its steps would all be kept for the way back, which torch has in one step
         )
 
-    def _product(self, input: Tensor) -> Tensor:
+    def _product(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The convolution as one product of all its windows, (B * H' * W', in_channels * kernel), with the weights."""
         padding = cast("tuple[int, int]", self.padding)
         height, width = (
@@ -121,8 +128,8 @@ class Conv2d(nn.Conv2d, WeightedModule):
             for axis in (0, 1)
         )
         windows = functional.unfold(input, self.kernel_size, self.dilation, padding, self.stride).transpose(1, 2)
-        output = product(windows, self.weight.flatten(1), self.bias)
-        return output.transpose(1, 2).contiguous().reshape(input.shape[0], self.out_channels, height, width)
+        output = product(windows, weight.flatten(1), bias)
+        return output.transpose(1, 2).contiguous().reshape(input.shape[0], len(weight), height, width)
 
 
 @single_output

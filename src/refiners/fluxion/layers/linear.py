@@ -67,14 +67,19 @@ class Linear(nn.Linear, WeightedModule):
             weight, bias = self._parameters["weight"], self._parameters["bias"]
         except KeyError:  # computed from other parameters (torch.nn.utils.parametrize)
             return super().forward(input)
-        if self.in_features < FEWEST_FEATURES:
-            return linear(input, weight, bias)  # pyright: ignore[reportArgumentType]
-        if input.is_cpu and can_run_frozen(input, weight, bias):  # pyright: ignore[reportArgumentType]
+        if self.in_features >= FEWEST_FEATURES and input.is_cpu and can_run_frozen(input, weight, bias):  # pyright: ignore[reportArgumentType]
             return run_frozen(input, weight, self._multiply, _gradient)  # pyright: ignore[reportArgumentType]
-        return self._multiply(input)
+        return self.multiply(input, weight, bias)  # pyright: ignore[reportArgumentType]
+
+    @staticmethod
+    def multiply(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """What such a layer returns with any weight (out, in) and bias (out,): (..., in) to (..., out)."""
+        if weight.shape[1] < FEWEST_FEATURES:
+            return linear(input, weight, bias)
+        return product(input, weight, bias)
 
     def _multiply(self, input: Tensor) -> Tensor:
-        return product(input, self.weight, self.bias)
+        return self.multiply(input, self.weight, self.bias)
 
 
 class MultiLinear(Chain):
