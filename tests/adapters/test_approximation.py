@@ -9,7 +9,7 @@ from torch import nn
 from refiners.adapters.approximation import Limit, Spectrum, joined_factors, norm_of_product, spectrum_of
 from refiners.adapters.difference import Difference
 from refiners.adapters.embedding import EmbeddingLora
-from refiners.adapters.low_rank import Conv2dLora, LinearLora
+from refiners.adapters.lora import Conv2dLora, LinearLora
 
 
 @pytest.fixture(autouse=True)

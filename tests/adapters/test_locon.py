@@ -11,7 +11,7 @@ from torch import Tensor
 
 import refiners.fluxion.layers as fl
 from refiners.adapters.deltas import make_delta
-from refiners.adapters.low_rank import Conv2dLora
+from refiners.adapters.lora import Conv2dLora
 from refiners.weights.lora_keys.kinds import Kind
 
 with warnings.catch_warnings():  # what others deprecate is not ours to fix

@@ -11,7 +11,7 @@ import refiners.fluxion.layers as fl
 from refiners.adapters import DeltaAdapter, LoraAdapter
 from refiners.adapters.difference import Difference
 from refiners.adapters.embedding import EmbeddingLora
-from refiners.adapters.low_rank import LinearLora
+from refiners.adapters.lora import LinearLora
 from refiners.adapters.merging import merge
 
 

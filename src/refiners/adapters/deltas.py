@@ -12,7 +12,7 @@ from refiners.adapters.glora import Glora
 from refiners.adapters.ia3 import Ia3
 from refiners.adapters.loha import Loha
 from refiners.adapters.lokr import Lokr
-from refiners.adapters.low_rank import Conv2dLora, LinearLora
+from refiners.adapters.lora import lora_class
 from refiners.adapters.orthogonal import Boft, rotation_class
 from refiners.weights.lora_keys.kinds import Kind
 
@@ -61,7 +61,7 @@ def kind_of_parts(delta: Delta) -> Kind:
 
 def _class_of(layer: nn.Module, kind: Kind) -> type[Delta]:
     if kind is Kind.LORA:
-        return Conv2dLora if isinstance(layer, nn.Conv2d) else LinearLora
+        return lora_class(layer)
     if kind not in _CLASSES:
         raise ValueError(f"{kind} is a kind of update that cannot be used")
     return _CLASSES[kind]

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from refiners.adapters.delta import Delta, Scale
 from refiners.adapters.layer_calls import over_channels
-from refiners.adapters.low_rank import Conv2dLora, LinearLora, Lora, lora_for
+from refiners.adapters.lora import lora_class
+from refiners.adapters.low_rank import Lora
 from refiners.weights.lora_keys.kinds import Kind
 
 
@@ -61,16 +62,16 @@ class Dora(Delta):
         dtype: torch.dtype | None = None,
     ) -> Self:
         """A DoRA with a new LoRA in it, which changes nothing yet. device, dtype: those of the layer if not given."""
-        return cls.around(layer, lora_for(layer, name, rank, 1.0, alpha, device, dtype), scale)
+        return cls.around(layer, lora_class(layer).for_layer(layer, name, rank, 1.0, alpha, device, dtype), scale)
 
     @classmethod
     def from_parts(
         cls, layer: nn.Module, name: str, parts: Mapping[str, Tensor], alpha: float | None = None, scale: Scale = 1.0
     ) -> Self:
         """A DoRA with a LoRA in it: "magnitude", and what makes the LoRA. For other kinds, give the update itself."""
-        kind = Conv2dLora if isinstance(layer, nn.Conv2d) else LinearLora
         inner = {part: tensor for part, tensor in parts.items() if part != "magnitude"}
-        return cls(kind.from_parts(layer, name, inner, alpha), parts["magnitude"], scale).checked_for(layer)
+        lora = lora_class(layer).from_parts(layer, name, inner, alpha)
+        return cls(lora, parts["magnitude"], scale).checked_for(layer)
 
     def parts(self) -> dict[str, Tensor]:
         """Those of the update in it, and "magnitude"."""

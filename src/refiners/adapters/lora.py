@@ -9,12 +9,19 @@ import torch
 from torch import nn
 
 from refiners.adapters.adapter import Adapter
+from refiners.adapters.conv2d_lora import Conv2dLora
 from refiners.adapters.delta import Scale
 from refiners.adapters.delta_adapter import DeltaAdapter
-from refiners.adapters.low_rank import Conv2dLora, LinearLora, Lora, lora_for
+from refiners.adapters.linear_lora import LinearLora
+from refiners.adapters.low_rank import Lora
 from refiners.fluxion.layers.module import WeightedModule
 
 __all__ = ["Conv2dLora", "LinearLora", "Lora", "LoraAdapter"]
+
+
+def lora_class(layer: nn.Module) -> type[Lora[Any]]:
+    """The class of LoRAs for a layer: that of linear ones, if it is no convolution."""
+    return Conv2dLora if isinstance(layer, nn.Conv2d) else LinearLora
 
 
 class LoraAdapter(DeltaAdapter):
@@ -47,7 +54,9 @@ class LoraAdapter(DeltaAdapter):
         layer = target.base if isinstance(target, Adapter) else target
         if not isinstance(layer, nn.Linear | nn.Conv2d):
             raise TypeError(f"LoraAdapter adapts a Linear or a Conv2d, not a {type(layer).__name__}")
-        super().__init__(target, *(loras or (lora_for(layer, name, rank, scale, alpha, device, dtype),)))
+        super().__init__(
+            target, *(loras or (lora_class(layer).for_layer(layer, name, rank, scale, alpha, device, dtype),))
+        )
 
     @property
     def loras(self) -> dict[str, Lora[Any]]:

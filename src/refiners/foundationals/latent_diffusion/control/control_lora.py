@@ -10,8 +10,7 @@ from typing import Any, cast
 from torch import Tensor
 
 import refiners.fluxion.layers as fl
-from refiners.adapters.lora import LoraAdapter
-from refiners.adapters.low_rank import Conv2dLora, LinearLora
+from refiners.adapters.lora import Conv2dLora, LinearLora, LoraAdapter
 from refiners.foundationals.latent_diffusion.control.control_net import ControlNet
 from refiners.foundationals.latent_diffusion.control.control_net_files import ControlNetFile
 from refiners.foundationals.latent_diffusion.unet import UNet

@@ -7,10 +7,10 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from refiners.adapters.conv2d_lora import Conv2dLora
 from refiners.adapters.delta import Delta, RankedDelta
 from refiners.adapters.deltas import kind_of_parts
 from refiners.adapters.difference import Replacement
-from refiners.adapters.low_rank import Conv2dLora
 from refiners.adapters.orthogonal import InputBoft, InputOft
 from refiners.foundationals.latent_diffusion.lora.places import Layer, Patchable, find_deltas, find_layers
 from refiners.foundationals.latent_diffusion.lora.weights import LoraWeights, file_name

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from refiners.adapters.delta import Scale, checked_scale
-from refiners.adapters.lora import LoraAdapter
-from refiners.adapters.low_rank import Lora, lora_for
+from refiners.adapters.lora import Lora, LoraAdapter, lora_class
 from refiners.fluxion.layers.transaction import transaction
 from refiners.foundationals.latent_diffusion.lora.places import Patchable, find_layers
 from refiners.foundationals.latent_diffusion.lora.report import LoraReport, attached_update
@@ -31,7 +30,7 @@ class LoraSlot:
             for path, layer in find_layers(model).items():
                 if isinstance(layer.module, nn.Linear | nn.Conv2d):
                     target = cast(Any, layer.module)
-                    lora: Lora[Any] = lora_for(target, name, rank, 0.0, None, None, None)
+                    lora: Lora[Any] = lora_class(target).for_layer(target, name, rank, 0.0)
                     LoraAdapter(target, lora).inject(layer.parent)
                     self._loras[path] = lora
 
