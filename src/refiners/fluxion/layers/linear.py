@@ -71,10 +71,9 @@ class Linear(nn.Linear, WeightedModule):
             return run_frozen(input, weight, self._multiply, _gradient)  # pyright: ignore[reportArgumentType]
         return self.multiply(input, weight, bias)  # pyright: ignore[reportArgumentType]
 
-    @staticmethod
-    def multiply(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """What such a layer returns with any weight (out, in) and bias (out,): (..., in) to (..., out)."""
-        if weight.shape[1] < FEWEST_FEATURES:
+    def multiply(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """What this layer returns with another weight (out, in) and bias (out,): (..., in) to (..., out)."""
+        if self.in_features < FEWEST_FEATURES:
             return linear(input, weight, bias)
         return product(input, weight, bias)
 
