@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup format check types docs fast test bench demo pretrain
+.PHONY: setup format check form types docs fast slow test bench demo pretrain
 
 setup: $(READY)
 
@@ -19,7 +19,9 @@ format: $(READY)
 	$(BIN)/ruff format --quiet
 
 # Form, lint, types and quick tests: layering and the documents, with their examples, pictures and links, among them.
-check: $(READY) types fast
+check: form types fast
+
+form: $(READY)
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 
@@ -34,9 +36,12 @@ docs: $(READY)
 fast: $(READY)
 	$(BIN)/pytest -q -n 2 -m 'not slow'
 
+# Those that take seconds: compilers, several processes, full sizes.
+slow: $(READY)
+	$(BIN)/pytest -q -n 2 -m slow
+
 # All tests.
-test: $(READY)
-	$(BIN)/pytest -q -n 2
+test: fast slow
 
 # Ours against peers, in one run; `make bench SUITES=loras` for some of it.
 bench: $(READY)
