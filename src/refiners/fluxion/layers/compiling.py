@@ -7,6 +7,7 @@ ninth chain that a process compiles would be refused. So each chain brings an en
 
 from collections.abc import Callable
 from typing import Any, cast
+from weakref import ref
 
 from torch import nn
 
@@ -17,8 +18,10 @@ def own_entry(module: nn.Module) -> Callable[..., Any]:
     As the attribute `__call__` of the module itself it is what `torch.compile(module)` enters by; `module(x)` does not
     use it: Python looks for `__call__` in the class.
     """
+    owner = ref(module)  # strong, it would keep what is ejected until the next garbage collection
 
     def call(*args: Any, **kwargs: Any) -> Any:
+        module = owner()
         return type(module).__call__(module, *args, **kwargs)
 
     return _with_own_code(call)

@@ -1,6 +1,7 @@
 """`model.loras`: LoRAs by name, whole or not at all; scales by block, by picture and by step."""
 
 import copy
+import gc
 from pathlib import Path
 from typing import Any, cast
 
@@ -273,9 +274,17 @@ def test_merged_loras_are_in_the_weights_and_come_out_again(sd: StableDiffusion_
 def test_a_hundred_times_on_and_off_leaves_the_model_as_it_was(sd: StableDiffusion_1, folder: Path) -> None:
     before, modules = picture(sd), sum(1 for _ in sd.modules())
     weights = LoraWeights(folder / "words.safetensors")
-    for _ in range(100):
-        sd.loras.add(weights)
-        sd.loras.clear()
+    gc.disable()  # what is taken off is to be freed at once, not when garbage is looked for
+    try:
+        for count in range(100):
+            sd.loras.add(weights)
+            assert not gc.isenabled()
+            sd.loras.clear()
+            if not count:
+                objects = len(gc.get_objects())
+        assert len(gc.get_objects()) <= objects + 10
+    finally:
+        gc.enable()
     assert torch.equal(picture(sd), before) and sum(1 for _ in sd.modules()) == modules
 
 

@@ -16,6 +16,7 @@ from refiners.adapters.delta_adapter import DeltaAdapter
 from refiners.adapters.deltas import make_delta
 from refiners.adapters.lora import LoraAdapter
 from refiners.adapters.low_rank import Lora
+from refiners.fluxion.collection import collection_paused
 from refiners.fluxion.layers.transaction import transaction
 from refiners.foundationals.latent_diffusion.lora.in_order import is_in_order, updates_in_order
 from refiners.foundationals.latent_diffusion.lora.places import (
@@ -86,7 +87,7 @@ class LoraWeights:
         )
         attached: list[AttachedUpdate] = []
         adapters: list[DeltaAdapter] = []
-        with transaction():
+        with collection_paused(), transaction():
             for update in contents.updates:
                 layer = layers[update.place.path]
                 parts = self._placed(update, layer.module)
