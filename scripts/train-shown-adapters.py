@@ -1,6 +1,6 @@
 """Train the adapters that the documents show, on the embedded model, and write them to docs/trained in half precision.
 
-python scripts/train-shown-adapters.py [heart] [boxes]    # the same command goes on where it was stopped
+python scripts/train-shown-adapters.py [heart] [boxes] [thing]    # the same command goes on where it was stopped
 """
 
 import sys
@@ -45,6 +45,7 @@ def train_by_scenes(config: str, name: str, steps: int) -> None:
 TRAININGS = {
     "heart": train_heart,
     "boxes": lambda: train_by_scenes("train-t2i-adapter.toml", "boxes", steps=400),
+    "thing": lambda: train_by_scenes("train-ip-adapter.toml", "thing", steps=1200),
 }
 
 if __name__ == "__main__":
