@@ -21,8 +21,9 @@ from control_specimens import (
     relative_error,
     their_control_net,
     unet_pair,
+    way_down,
 )
-from diffusers import ControlNetModel
+from diffusers import ControlNetModel, ControlNetUnionModel
 from torch import Tensor
 
 from refiners.foundationals.latent_diffusion import UNet, UNetSpec
@@ -244,6 +245,24 @@ def test_a_file_of_something_else_is_told_by_what_it_is(tmp_path: Path) -> None:
     write_safetensors(tmp_path / "lora.safetensors", {name: torch.zeros(1, 1) for name in names})
     with pytest.raises(ValueError, match="no ControlNet, but LoRA"):
         load_control_net(tmp_path / "lora.safetensors", UNet(SD1))
+
+
+@pytest.mark.parametrize("lost", ["down_blocks.1.attentions", "down_blocks.2.attentions", "mid_block.attentions"])
+def test_one_without_the_transformers_of_one_level_is_not_taken_for_a_small_one(lost: str, tmp_path: Path) -> None:
+    tensors = their_control_net(SPECS["SDXL"]).state_dict()
+    whole = {name: tensor for name, tensor in tensors.items() if not name.startswith(lost)}
+    write_safetensors(tmp_path / "file.safetensors", whole)
+    with pytest.raises(ValueError, match=rf"are missing \(first: '{lost}\.0\.norm\.weight'\)"):
+        load_control_net(tmp_path / "file.safetensors", UNet(SPECS["SDXL"]))
+
+
+def test_one_for_several_kinds_of_pictures_is_refused_for_that(tmp_path: Path) -> None:
+    options = {"num_trans_channel": 16, "num_proj_channel": 16, "num_trans_head": 2, **way_down(SPECS["SDXL"])}
+    theirs: Any = ControlNetUnionModel(conditioning_embedding_out_channels=CHANNELS, **options)
+    theirs.save_pretrained(tmp_path)
+    for where in (tmp_path, tmp_path / "diffusion_pytorch_model.safetensors"):
+        with pytest.raises(ValueError, match="this is a ControlNet-Union, which is told by a number what kind"):
+            load_control_net(where, UNet(SPECS["SDXL"]))
 
 
 @pytest.mark.parametrize("change", ["missing", "unknown", "shape", "NaN"])

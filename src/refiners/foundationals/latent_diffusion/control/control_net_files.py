@@ -35,6 +35,7 @@ FORMS: dict[str, Callable[[ControlNetSpec], Names]] = {
 TRANSFORMER_LAYER = re.compile(
     r"(DownBlocks\.Chain_\d+|MiddleBlock)\.SpatialTransformer\.TransformerLayer(?:_(\d+))?\."
 )
+UNION_TENSOR = "task_embedding"  # of all kinds of pictures that such a ControlNet may see
 FIRST_CONVOLUTION = "DownBlocks.Chain_1.Conv2d.weight"
 # Convolutions of the encoder of the condition, in all forms; the number tells their order.
 ENCODER_WEIGHT = re.compile(
@@ -68,7 +69,11 @@ class ControlNetFile:
         return replace(spec, unet=replace(spec.unet, in_channels=in_channels))
 
     def _with_own_layers(self, unet: UNetSpec) -> UNetSpec:
-        """The sizes of a UNet with the transformer layers that the tensors have: small ControlNets have fewer."""
+        """The sizes of a UNet with the transformer layers that the tensors have, if ControlNets with so few are known.
+
+        Those of diffusers for XL are: "small" ones, which have none on the way down, and "mid" ones, with one layer
+        where the UNet has any. Others lack tensors.
+        """
         levels, steps = len(unet.channels), unet.blocks_per_level + 1
         several = replace(unet, transformer_layers=(2,) * levels, middle_layers=2)  # whose names are numbered
         names, counts = self.names(ControlNetSpec(several)), defaultdict[str, int](int)
@@ -81,6 +86,9 @@ class ControlNetFile:
             max(counts[f"DownBlocks.Chain_{level * steps + block + 2}"] for block in range(unet.blocks_per_level))
             for level in range(levels)
         ]
+        small, mid = [0] * levels, [min(count, 1) for count in unet.transformer_layers]
+        if layers not in (small, mid) or (layers != small and not counts["MiddleBlock"]):
+            return unet
         own = replace(unet, transformer_layers=tuple(layers), middle_layers=None)
         return own.with_middle_layers(counts["MiddleBlock"])
 
@@ -118,10 +126,15 @@ def read_control_net(where: Path | str) -> ControlNetFile:
 
 
 def check_family(file: ControlNetFile, unet: UNet) -> None:
-    """Raise ValueError if it is no ControlNet, or one for models of another family."""
+    """Raise ValueError if it is no ControlNet, one for several kinds of pictures, or for models of another family."""
     identity = identify({name: tuple(tensor.shape) for name, tensor in file.tensors.items()})
     if identity.content is not Content.CONTROLNET:
         raise ValueError(f"{file.path}: this is no ControlNet, but {identity}")
+    if UNION_TENSOR in file.tensors:
+        raise ValueError(
+            f"{file.path}: this is a ControlNet-Union, which is told by a number what kind of picture it sees; such do "
+            "not load here: get a ControlNet for the one kind"
+        )
     spec = unet.spec
     if identity.family not in (None, spec.family):
         raise ValueError(
