@@ -2,7 +2,7 @@
 
 import math
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar, cast
 
 from PIL import Image
@@ -40,6 +40,35 @@ def instance_of(value: Any, kind: type[T], name: str, advice: str) -> T:
 def picture(value: Any, name: str = "the picture") -> Image.Image:
     """The value, if it is a picture of PIL's. Raises TypeError if not."""
     return instance_of(value, Image.Image, name, "a PIL image, such as PIL.Image.open(path) or Image.fromarray(array)")
+
+
+def list_of_pictures(value: Any, name: str = "the picture") -> list[Image.Image]:
+    """A picture, or several, as a list. Raises TypeError for what is no picture, ValueError if there is none."""
+    is_one = not isinstance(value, Sequence) or isinstance(value, str | bytes)
+    listed: list[Any] = [value] if is_one else [*cast("Sequence[Any]", value)]
+    if not listed:
+        raise ValueError(f"{name} should be a picture, or several, but there are none")
+    if len(listed) == 1:
+        return [picture(listed[0], name)]
+    return [picture(each, f"{name}, number {index} of {len(listed)},") for index, each in enumerate(listed)]
+
+
+def list_of_numbers(value: Any, name: str, count: int) -> list[float]:
+    """Numbers as a list. Raises TypeError for what is no number, ValueError if they are not `count`, or not finite."""
+    if not isinstance(value, Iterable):
+        raise TypeError(f"{name} should be {count} numbers, one for each, but it is {described(value)}")
+    listed = list(cast("Iterable[Any]", value))
+    if len(listed) != count:
+        raise ValueError(f"{name} should be {count} numbers, one for each, but there are {len(listed)}: {listed!r:.60}")
+    return [real_number(each, f"{name}, number {index} of {count},") for index, each in enumerate(listed)]
+
+
+def height_and_width(value: Any) -> tuple[int, int]:
+    """A size of a picture, in pixels. Raises TypeError if it is not two whole numbers."""
+    if not isinstance(value, Sequence) or isinstance(value, str) or len(cast("Sequence[Any]", value)) != 2:
+        raise TypeError(f"a size is height and width in pixels, such as (512, 768), but this is {described(value)}")
+    height, width = (whole_number(side, "a side of the size") for side in cast("Sequence[Any]", value))
+    return height, width
 
 
 def list_of_texts(value: Any, name: str) -> list[str]:

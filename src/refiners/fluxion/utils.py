@@ -179,12 +179,25 @@ def gaussian_blur(
             raise ValueError(
                 f"gaussian_blur: kernel_size {taps} is too large for {axis} {length}; mirroring needs less"
             )
-    row = _gaussian(size_x, sigma_x).to(tensor)
-    column = _gaussian(size_y, sigma_y).to(tensor)
+    row = gaussian_weights(size_x, sigma_x).to(tensor)
+    column = gaussian_weights(size_y, sigma_y).to(tensor)
     x = tensor.reshape(prod(tensor.shape[:-2]), 1, height, width)
     x = functional.pad(x, (size_x // 2, size_x // 2, size_y // 2, size_y // 2), mode="reflect")
     x = functional.conv2d(x, row.reshape(1, 1, 1, -1))
     return functional.conv2d(x, column.reshape(1, 1, -1, 1)).reshape(tensor.shape)
+
+
+def gaussian_weights(size: int, sigma: int | float | None) -> Tensor:
+    """Those of `gaussian_blur` along one side: (size,), sum 1. Raises as that does."""
+    if size < 1 or size % 2 == 0:
+        raise ValueError(
+            f"gaussian_blur: kernel_size should be odd and positive, but it is {size}; try {max(size, 0) | 1}"
+        )
+    sigma = 0.3 * ((size - 1) * 0.5 - 1) + 0.8 if sigma is None else sigma
+    if not sigma > 0:
+        raise ValueError(f"gaussian_blur: sigma should be positive, but it is {sigma}")
+    offsets = torch.arange(size, dtype=torch.float64) - (size - 1) / 2
+    return torch.softmax(-(offsets**2) / (2 * sigma**2), dim=0)
 
 
 def pad(
@@ -244,15 +257,3 @@ def _pair(name: str, value: _Number | Sequence[_Number]) -> tuple[_Number, _Numb
     if len(values) != 2:
         raise ValueError(f"gaussian_blur: {name} should be one number or (x, y), but it is {values}")
     return values[0], values[1]
-
-
-def _gaussian(size: int, sigma: int | float | None) -> Tensor:
-    if size < 1 or size % 2 == 0:
-        raise ValueError(
-            f"gaussian_blur: kernel_size should be odd and positive, but it is {size}; try {max(size, 0) | 1}"
-        )
-    sigma = 0.3 * ((size - 1) * 0.5 - 1) + 0.8 if sigma is None else sigma
-    if not sigma > 0:
-        raise ValueError(f"gaussian_blur: sigma should be positive, but it is {sigma}")
-    offsets = torch.arange(size, dtype=torch.float64) - (size - 1) / 2
-    return torch.softmax(-(offsets**2) / (2 * sigma**2), dim=0)

@@ -17,7 +17,22 @@ from refiners.foundationals.latent_diffusion import (
     StableDiffusion_1,
     StableDiffusion_1_Inpainting,
 )
+from refiners.foundationals.latent_diffusion.control import (
+    ConditionEncoder,
+    ControlNet,
+    ControlNetAdapter,
+    ControlNetSpec,
+    T2IAdapter,
+    T2ISpec,
+)
 from refiners.foundationals.latent_diffusion.files.parts_folder import part_files
+from refiners.foundationals.latent_diffusion.image_prompt import ImageProjection, IPAdapter
+from refiners.foundationals.latent_diffusion.multi_diffusion import MultiDiffusion, Region, RegionalPrompts, upscale
+from refiners.foundationals.latent_diffusion.steering import (
+    PerturbedAttentionGuidance,
+    ReferenceOnlyControlAdapter,
+    SelfAttentionGuidance,
+)
 from refiners.solvers import DDIM
 
 PICTURE, MASK = Image.new("RGB", (64, 64), (200, 30, 90)), Image.new("L", (64, 64), 255)
@@ -139,6 +154,76 @@ def test_a_model_without_a_spec_is_of_the_sizes_of_its_parts(cls: Any) -> None:
     wanted = replace(model.spec, solver_params=whole.spec.solver_params, default_size=whole.spec.default_size)
     assert replace(whole.spec, vocabulary=wanted.vocabulary, condition_scale=wanted.condition_scale) == wanted
     assert whole.unet is model.unet and whole.clip_text_encoder is model.clip_text_encoder
+
+
+# -- what leads a model
+
+
+def control_net(model: Any) -> ControlNetAdapter:
+    return ControlNetAdapter(model, ControlNet(ControlNetSpec(model.unet.spec)))
+
+
+def t2i_adapter(model: Any) -> T2IAdapter:
+    return T2IAdapter(model, condition_encoder=ConditionEncoder(T2ISpec.for_unet(model.unet.spec)))
+
+
+def ip_adapter(model: Any) -> IPAdapter:
+    return IPAdapter(model, image_proj=ImageProjection(8, 32))
+
+
+def see_reference(model: Any, reference: Any) -> None:
+    edit = ReferenceOnlyControlAdapter(model).inject()
+    try:
+        edit.set_controlnet_condition(reference)
+        take_step(model, 0)
+    finally:
+        edit.eject()
+
+
+A_PICTURE, A_MODEL = "give a PIL image", "give a whole one, not a part of it"
+LEADS: list[tuple[Callable[[Any], Any], type[Exception], str]] = [
+    (lambda m: ControlNetAdapter(m.lda, ControlNet), TypeError, "the target is a Lat.*: give a UNet, or a model"),
+    (lambda m: control_net(m).set_controlnet_condition("a.png"), TypeError, rf"condition is the str.*{A_PICTURE}"),
+    (
+        lambda m: control_net(m).set_controlnet_condition([PICTURE, None]),
+        TypeError,
+        "number 1 of 2, is None",
+    ),
+    (lambda m: control_net(m).set_controlnet_condition([]), ValueError, "the condition should be .* there are none"),
+    (lambda m: control_net(m).set_controlnet_condition(torch.zeros(0, 3, 64, 64)), ValueError, r"should be \(B, 3, H"),
+    (lambda m: control_net(m).set_controlnet_condition(PICTURE, size=64), TypeError, "a size is height and width"),
+    (lambda m: t2i_adapter(m).compute_condition_features(np.zeros((64, 64, 3))), TypeError, A_PICTURE),
+    (lambda m: ip_adapter(m).set_masks("m.png"), TypeError, rf"the mask is the str 'm\.png': {A_PICTURE}"),
+    (lambda m: ip_adapter(m).set_masks([MASK, MASK], scales=0.5), TypeError, "scales of masks should be 2 numbers"),
+    (lambda m: ip_adapter(m).embed_features(torch.zeros(2, 8), weights=[1.0]), ValueError, "weights of pictures.* 2"),
+    (lambda m: ip_adapter(m).set_clip_image_embedding(None), TypeError, "the image embedding is None: give what"),
+    (lambda m: ip_adapter(m).set_scale("strong"), TypeError, "a scale is a number, or one for each sample"),
+    (lambda m: SelfAttentionGuidance(m.unet), TypeError, rf"the model is a UNet: {A_MODEL}"),
+    (lambda m: PerturbedAttentionGuidance(m, layers=[]), ValueError, "no patterns of self-attentions"),
+    (lambda m: PerturbedAttentionGuidance(m, layers="("), ValueError, r"'\(' is no regular expression"),
+    (lambda m: MultiDiffusion(m.unet), TypeError, rf"the model is a UNet: {A_MODEL}"),
+    (lambda m: MultiDiffusion(m, stride=0), ValueError, "windows of 64 pixels, each 0 after the one before"),
+    (lambda m: MultiDiffusion(m, window_size=64.0), TypeError, "window_size should be a whole number"),
+    (lambda m: upscale(m, "a.png"), TypeError, rf"the picture is the str.*{A_PICTURE}"),
+    (lambda m: RegionalPrompts(m, [Region("a", (0, 0, 1))]), ValueError, "the mask of a region, .* 4 numbers, .* 3"),
+    (lambda m: RegionalPrompts(m, [Region("a", None)]), TypeError, "the mask of a region, .* but it is None"),
+    (lambda m: RegionalPrompts(m, [Region("a", (0, 0, 1, "1"))]), TypeError, "number 3 of 4, should be a number"),
+    (lambda m: see_reference(m, PICTURE), TypeError, "the reference is a.* give latents"),
+    (lambda m: see_reference(m, torch.zeros(1, 3, 8, 8)), ValueError, r"reference is \(1, 3, 8, 8\).* of 4 channels"),
+    (
+        lambda m: ReferenceOnlyControlAdapter(m).set_reference(m, PICTURE),
+        TypeError,
+        "the reference is a.* give latents",
+    ),
+]
+
+
+@pytest.mark.parametrize(("lead", "error", "message"), LEADS)
+def test_what_leads_is_named_if_it_is_of_a_wrong_kind(
+    model: Any, lead: Callable[[Any], Any], error: type[Exception], message: str
+) -> None:
+    with torch.no_grad(), pytest.raises(error, match=message):
+        lead(model)
 
 
 # -- models that fill in, and those that do not

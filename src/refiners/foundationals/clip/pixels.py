@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from PIL import Image
 from torch import Tensor
 
+from refiners.fluxion.checks import list_of_pictures
 from refiners.fluxion.layers.module import Module, single_output
 from refiners.fluxion.utils import images_to_tensor, normalize
 
@@ -28,11 +29,7 @@ class Pixels(Module):
     def forward(self, pictures: Tensor | Image.Image | Sequence[Image.Image]) -> Tensor:
         if isinstance(pictures, Tensor):
             return self._checked(pictures)
-        images = [pictures] if isinstance(pictures, Image.Image) else list(pictures)
-        for image in images:
-            if not isinstance(image, Image.Image):  # pyright: ignore[reportUnnecessaryIsInstance]  # users' calls
-                raise TypeError(f"an image encoder takes pictures, not {type(image).__name__}")
-        pixels = images_to_tensor([self._square(image.convert("RGB")) for image in images])
+        pixels = images_to_tensor([self._square(image.convert("RGB")) for image in list_of_pictures(pictures)])
         return normalize(pixels, MEAN, STANDARD_DEVIATION)
 
     def _checked(self, pixels: Tensor) -> Tensor:

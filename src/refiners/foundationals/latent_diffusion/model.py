@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import refiners.fluxion.layers as fl
-from refiners.fluxion.checks import described, instance_of, picture, whole_number
+from refiners.fluxion.checks import height_and_width, instance_of, picture
 from refiners.fluxion.context import Context
 from refiners.fluxion.utils import image_to_tensor
 from refiners.foundationals.latent_diffusion.autoencoder import LatentDiffusionAutoencoder
@@ -187,7 +187,7 @@ class LatentDiffusionModel(fl.Module, ABC):
         if found not in (2, 2 * pictures):
             raise ValueError(
                 f"{pictures} pictures need {name} of batch {2 * pictures} (negative prompts, then prompts) or 2, but "
-                f"it is {found}: make it with compute_text_embedding"
+                f"it is {found}: give one for all, or one for each"
             )
         return condition if found == 2 * pictures else condition.repeat_interleave(pictures, dim=0)
 
@@ -226,9 +226,7 @@ class LatentDiffusionModel(fl.Module, ABC):
 
         Raises ValueError if they are not whole numbers, TypeError if `size` is not two whole numbers.
         """
-        if not isinstance(size, Sequence) or isinstance(size, str) or len(size) != 2:  # pyright: ignore[reportUnnecessaryIsInstance, reportUnnecessaryComparison]
-            raise TypeError(f"a size is height and width in pixels, such as (512, 768), but this is {described(size)}")
-        height, width = (whole_number(side, "a side of the size") for side in size)
+        height, width = height_and_width(size)
         factor = self.lda.spec.downsampling_factor
         if height % factor or width % factor or height <= 0 or width <= 0:
             raise ValueError(
@@ -278,8 +276,8 @@ def _check_part(name: str, part: fl.Chain | None, wanted: Any) -> None:
 
 
 def resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """The picture in RGB, of that height and width. Raises TypeError if it is none."""
-    height, width = size
+    """The picture in RGB, of that height and width. Raises TypeError if it is none, or the size is not two numbers."""
+    height, width = height_and_width(size)
     image = picture(image).convert("RGB")
     return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.LANCZOS)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import refiners.fluxion.layers as fl
+from refiners.fluxion.checks import instance_of
 from refiners.fluxion.context import Contexts, placed
 from refiners.fluxion.layers.flattening import keep_size, to_picture, to_sequence
 from refiners.foundationals.latent_diffusion.participant import Participant
@@ -310,8 +311,9 @@ class HasUNet(Protocol):
 
 
 def unet_of(target: UNet | HasUNet) -> UNet:
-    """The UNet itself, or that of a model."""
-    return target if isinstance(target, UNet) else target.unet
+    """The UNet itself, or that of a model. Raises TypeError if it is neither."""
+    found: Any = getattr(target, "unet", target)
+    return instance_of(found, UNet, "the target", "a UNet, or a model that has one")
 
 
 def _pop(values: list[Any]) -> Any:

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 import refiners.fluxion.layers as fl
+from refiners.fluxion.checks import list_of_pictures
 from refiners.fluxion.context import placed
 from refiners.fluxion.utils import images_to_tensor
 from refiners.foundationals.scenes.drawing import IMAGE_SIZE
@@ -97,7 +98,7 @@ def load_image_encoder() -> fl.Chain:
 def read_scenes(images: Sequence[Image.Image] | Float[Tensor, "b 3 32 32"]) -> list[Scene]:
     """What each picture shows; tensors are in [-1, 1].
 
-    Raises ValueError if the pictures do not have 32 x 32 pixels.
+    Raises ValueError if the pictures do not have 32 x 32 pixels, TypeError for what is no picture.
     """
     return load_reader().read(as_tensor(images)).to_list()
 
@@ -105,8 +106,7 @@ def read_scenes(images: Sequence[Image.Image] | Float[Tensor, "b 3 32 32"]) -> l
 def as_tensor(images: Image.Image | Sequence[Image.Image] | Tensor) -> Tensor:
     """One picture or several as a tensor (B, 3, 32, 32) in [-1, 1], float32 on the CPU. Raises as `read_scenes`."""
     if not isinstance(images, Tensor):
-        several = [images] if isinstance(images, Image.Image) else images
-        images = images_to_tensor([image.convert("RGB") for image in several]) * 2 - 1
+        images = images_to_tensor([image.convert("RGB") for image in list_of_pictures(images)]) * 2 - 1
     if images.shape[1:] != (3, IMAGE_SIZE, IMAGE_SIZE):
         raise ValueError(
             f"the reader takes pictures of shape (3, {IMAGE_SIZE}, {IMAGE_SIZE}), not {tuple(images.shape[1:])}; "

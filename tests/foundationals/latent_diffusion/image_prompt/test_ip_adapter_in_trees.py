@@ -174,7 +174,7 @@ def test_weights_of_pictures_multiply_their_tokens() -> None:
     first, second, nothing = (adapter.image_proj(each)[0] for each in (pictures[:1], pictures[1:], torch.zeros(1, 20)))
     assert torch.allclose(positive, torch.cat([0.5 * first, 2 * second]), atol=1e-5)
     assert torch.allclose(negative, torch.cat([nothing, nothing]), atol=1e-5)
-    with pytest.raises(ValueError, match="1 weights for 2 pictures"):
+    with pytest.raises(ValueError, match="weights of pictures should be 2 numbers"):
         adapter.embed_features(pictures, weights=[1.0])
 
 

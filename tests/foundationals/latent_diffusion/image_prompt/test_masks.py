@@ -29,19 +29,24 @@ def test_half_counts_as_white_and_scales_multiply() -> None:
     assert masks_to_tensor(masks, scales=[0.5, 2.0]).flatten().tolist() == [0, 0.5, 2, 0]
 
 
+def test_a_lone_mask_needs_no_list() -> None:
+    mask = grey([[0, 255], [255, 0]])
+    assert torch.equal(masks_to_tensor(mask), masks_to_tensor([mask]))
+
+
 def test_masks_that_do_not_fit_are_refused() -> None:
     model = small_model()
     adapter = IPAdapter(model, image_proj=ImageProjection(20, 32)).inject()
     adapter.set_clip_image_embedding(adapter.embed_features(features("plain", pictures=2)))
     with pytest.raises(ValueError, match="picture 1 gives shape"):
         adapter.set_masks([grey([[0, 1]]), grey([[0], [1]])])
-    with pytest.raises(ValueError, match="no pictures"):
+    with pytest.raises(ValueError, match="the mask should be a picture, or several, but there are none"):
         adapter.set_masks([])
-    with pytest.raises(ValueError, match="1 scales for 2 masks"):
+    with pytest.raises(ValueError, match="the scales of masks should be 2 numbers, one for each, but there are 1"):
         adapter.set_masks([grey([[0, 1]])] * 2, scales=[1.0])
-    with pytest.raises(ValueError, match=r"are \[1\.0, nan\], but should be finite"):
+    with pytest.raises(ValueError, match="scales of masks, number 1 of 2, should be a finite number, but it is nan"):
         adapter.set_masks([grey([[0, 1]])] * 2, scales=[1.0, float("nan")])
-    with pytest.raises(ValueError, match=r"pictures are \[inf, 1\.0\], but should be finite"):
+    with pytest.raises(ValueError, match="the weights of pictures, number 0 of 2, should be a finite number"):
         adapter.embed_features(features("plain", pictures=2), weights=[float("inf"), 1.0])
     adapter.set_masks([grey([[0, 1]])] * 3)
     with pytest.raises(ValueError, match="3 masks, but the 8 tokens of the image prompt"):

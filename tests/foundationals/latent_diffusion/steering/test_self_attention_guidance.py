@@ -58,12 +58,22 @@ def test_windows_that_see_a_part_are_refused(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"), [({"kernel_size": 8}, "odd"), ({"sigma": 0.0}, "positive"), ({"kernel_size": 99}, "large")]
+    ("settings", "message"),
+    [
+        ({"kernel_size": 8}, "odd"),
+        ({"kernel_size": -1}, "odd and positive"),
+        ({"sigma": 0.0}, "sigma should be positive"),
+    ],
 )
-def test_a_blur_that_does_not_fit_is_refused(folder: Path, settings: dict[str, Any], message: str) -> None:
+def test_a_blur_that_there_is_not_is_refused_at_once(folder: Path, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SelfAttentionGuidance(StableDiffusion_1.from_pretrained(folder), **settings)
+
+
+def test_a_blur_that_is_larger_than_the_latents_is_refused(folder: Path) -> None:
     model = StableDiffusion_1.from_pretrained(folder)
-    SelfAttentionGuidance(model, **settings).inject()
-    with torch.no_grad(), pytest.raises(ValueError, match=message):
+    SelfAttentionGuidance(model, kernel_size=99).inject()
+    with torch.no_grad(), pytest.raises(ValueError, match="kernel_size 99 is too large for width 8"):
         model.predict_noise(X, 9, TEXT)
 
 

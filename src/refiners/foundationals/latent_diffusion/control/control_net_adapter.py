@@ -19,6 +19,7 @@ from torch import Tensor
 import refiners.fluxion.layers as fl
 from refiners.adapters.delta import Scale, repeated, shown
 from refiners.adapters.scaling import Scaling
+from refiners.fluxion.checks import list_of_pictures
 from refiners.fluxion.utils import images_to_tensor
 from refiners.foundationals.latent_diffusion.control.control_net import ControlNet
 from refiners.foundationals.latent_diffusion.control.control_net_weights import load_control_net
@@ -139,12 +140,12 @@ class ControlNetAdapter(fl.ContextModule, Participant):
             transparency. H and W are those of the picture that is made.
         size: height and width to resize pictures to; None leaves them as they are.
         Its features are worked out at the first step and kept: set it anew after a change of the ControlNet's weights.
-        Raises ValueError for other shapes or values.
+        Raises ValueError for other shapes or values, TypeError for what is no picture.
         """
         if not isinstance(condition, Tensor):
-            images = [condition] if isinstance(condition, Image.Image) else condition
+            images = list_of_pictures(condition, "the condition")
             condition = images_to_tensor([resized(image, size or (image.height, image.width)) for image in images])
-        if condition.ndim != 4 or condition.shape[1] != 3:
+        if condition.ndim != 4 or condition.shape[1] != 3 or not condition.numel():
             raise ValueError(f"a condition should be (B, 3, H, W), but this one is {tuple(condition.shape)}")
         if not (condition.min() >= 0 and condition.max() <= 1):
             raise ValueError(

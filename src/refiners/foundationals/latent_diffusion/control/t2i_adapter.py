@@ -15,6 +15,7 @@ import refiners.fluxion.layers as fl
 from refiners.adapters.adapter import Adapter
 from refiners.adapters.delta import Scale, checked_scale, repeated
 from refiners.adapters.scaling import Scaling
+from refiners.fluxion.checks import list_of_pictures
 from refiners.fluxion.context import Contexts
 from refiners.fluxion.layers.chain import Chain
 from refiners.fluxion.utils import images_to_tensor
@@ -123,12 +124,13 @@ class T2IAdapter(fl.Chain, Participant, Adapter[DownBlocks]):
         image: a picture of any mode, or several, which are turned into RGB, or into grey if that is what the encoder
             sees, without their transparency; or (B, in_channels, H, W) in [0, 1].
         size: height and width to resize pictures to; None leaves them as they are.
-        Raises ValueError for other shapes or values, or sides that are no multiples of the encoder's squares.
+        Raises ValueError for other shapes or values, or sides that are no multiples of the encoder's squares,
+        TypeError for what is no picture.
         """
         encoder = self.condition_encoder
         channels, side = encoder.spec.in_channels, encoder.spec.unshuffle_factor
         if not isinstance(image, Tensor):
-            images = [image] if isinstance(image, Image.Image) else image
+            images = list_of_pictures(image)
             sized = [resized(each, size or (each.height, each.width)) for each in images]
             image = images_to_tensor([each.convert("RGB" if channels == 3 else "L") for each in sized])
         if image.ndim != 4 or image.shape[1] != channels or image.shape[2] % side or image.shape[3] % side:

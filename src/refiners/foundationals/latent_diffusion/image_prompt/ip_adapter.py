@@ -7,7 +7,6 @@ Image embeddings are (2 P, T, text_dim): T tokens for each of P pictures of a ba
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from math import isfinite
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -17,7 +16,8 @@ from torch import Tensor, nn
 
 import refiners.fluxion.layers as fl
 from refiners.adapters.adapter import Adapter
-from refiners.adapters.delta import Scale
+from refiners.adapters.delta import Scale, checked_scale
+from refiners.fluxion.checks import instance_of, list_of_numbers
 from refiners.fluxion.context import Contexts, placed
 from refiners.foundationals.clip.image_encoder import CLIPImageEncoder
 from refiners.foundationals.latent_diffusion.image_prompt.attention import DecoupledAttention
@@ -180,16 +180,13 @@ class IPAdapter(fl.Chain, Participant):
 
         blank: what stands for no picture, of batch 1; None for zeros.
         """
-        if weights is not None and len(weights) != len(features):
-            raise ValueError(f"{len(weights)} weights for {len(features)} pictures: give one for each")
-        if weights is not None and not all(map(isfinite, weights)):
-            raise ValueError(f"the weights of pictures are {list(weights)}, but should be finite numbers")
         projection = self.image_proj.structural_copy()  # by itself, so that its contexts are none of the UNet's
         features = features.to(projection.device, projection.dtype)
         blank = torch.zeros_like(features[:1]) if blank is None else blank.to(features)
         positive, negative = projection(features), projection(blank).expand(len(features), -1, -1)
         if weights is not None:
-            positive = positive * positive.new_tensor(weights)[:, None, None]
+            factors = list_of_numbers(weights, "the weights of pictures", len(features))
+            positive = positive * positive.new_tensor(factors)[:, None, None]
         if concat_batches:
             positive, negative = positive.flatten(0, 1)[None], negative.flatten(0, 1)[None]
         return torch.cat([negative, positive])
@@ -201,6 +198,7 @@ class IPAdapter(fl.Chain, Participant):
             A UNet that is called by itself, without its model, takes any number of rows that divides its batch.
         """
         unet = self.target
+        instance_of(image_embedding, Tensor, "the image embedding", "what compute_clip_image_embedding returns")
         if image_embedding.ndim != 3 or image_embedding.shape[-1] != unet.spec.text_dim:
             raise ValueError(
                 f"an image embedding for this UNet is (2, T, {unet.spec.text_dim}), but this one is "
@@ -208,11 +206,13 @@ class IPAdapter(fl.Chain, Participant):
             )
         self._buffers["_tokens"] = image_embedding.to(unet.device, unet.dtype)
 
-    def set_masks(self, masks: Sequence[Image.Image] | None, scales: Sequence[float] | None = None) -> None:
+    def set_masks(
+        self, masks: Image.Image | Sequence[Image.Image] | None, scales: Sequence[float] | None = None
+    ) -> None:
         """Say where each picture of the image prompt counts: where its mask is white, half or more.
 
         masks: one for each picture, of one size and any mode (turned into grey), stretched over what is made; None for
-            everywhere.
+            everywhere. A single one is for a lone picture, or for all.
         scales: how strong each picture is, besides the scale of all.
         """
         tensor = None if masks is None else masks_to_tensor(masks, scales).to(self.target.device)
@@ -240,8 +240,7 @@ class IPAdapter(fl.Chain, Participant):
 
     @scale.setter
     def scale(self, value: Scale | Schedule) -> None:
-        self._schedule = value if callable(value) else None
-        self._apply_scale(value(0, 1) if callable(value) else value)
+        self._set_scale(value, self._factors)
 
     def set_scale(self, scale: Scale | Schedule, blocks: Blocks | None = None) -> None:
         """Set how strong the image prompt is. What was compiled stays good.
@@ -250,21 +249,26 @@ class IPAdapter(fl.Chain, Participant):
         blocks: what the scale is multiplied with in parts of the UNet, as for LoRAs:
             `{"down_blocks": 0, "mid_block": 0, "up_blocks": 0, "up_blocks.0.attentions.1": 1}` takes the style alone,
             as InstantStyle (arXiv 2404.02733) does in Stable Diffusion XL.
-        Raises ValueError if a block fits no attention.
+        Raises ValueError if a block fits no attention, or a scale is not finite, TypeError if it is no number.
         """
-        self._factors = block_factors([attention.place for attention, _ in self._injected()], blocks)
-        self.scale = scale
+        self._set_scale(scale, block_factors([attention.place for attention, _ in self._injected()], blocks))
 
-    def _apply_scale(self, scale: Scale) -> None:
-        for adapter, factor in zip(self.attentions, self._factors, strict=True):
-            scaled = scale * factor if isinstance(scale, int | float) else [value * factor for value in scale]
+    def _set_scale(self, scale: Scale | Schedule, factors: Sequence[float]) -> None:
+        self._apply_scale(scale(0, 1) if callable(scale) else scale, factors)
+        self._schedule = scale if callable(scale) else None
+        self._factors = factors
+
+    def _apply_scale(self, scale: Scale, factors: Sequence[float]) -> None:
+        checked = checked_scale(scale)
+        for adapter, factor in zip(self.attentions, factors, strict=True):
+            scaled = [value * factor for value in checked] if isinstance(checked, tuple) else checked * factor
             adapter.image_attention.scaling.scale = scaled
-        self._scale = float(scale) if isinstance(scale, int | float) else tuple(scale)
+        self._scale = checked
 
     def before_step(self, index: int, count: int) -> None:
         """Set the scale for a step, if it depends on it."""
         if self._schedule is not None:
-            self._apply_scale(self._schedule(index, count))
+            self._apply_scale(self._schedule(index, count), self._factors)
 
     # -- what the UNet is told
 

@@ -12,6 +12,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from refiners.fluxion.checks import instance_of, whole_number
 from refiners.fluxion.context import Context
 from refiners.foundationals.latent_diffusion.copies import Twins
 from refiners.foundationals.latent_diffusion.model import LatentDiffusionModel
@@ -35,7 +36,8 @@ class MultiDiffusion:
     is_circular: the left and the right side of the picture meet.
     is_faded: windows count less towards their sides; in the paper they count alike.
     window_batch_size: how many windows the UNet is given at once.
-    Raises ValueError for windows that are no whole number of latents, or strides that leave gaps.
+    Raises ValueError for windows that are no whole number of latents, or strides that leave gaps, TypeError if it
+    is given no model.
     """
 
     def __init__(
@@ -47,9 +49,10 @@ class MultiDiffusion:
         is_faded: bool = False,
         window_batch_size: int = 1,
     ) -> None:
+        instance_of(model, LatentDiffusionModel, "the model", "a whole one, not a part of it")
         factor = model.lda.spec.downsampling_factor
-        window_size = window_size or model.spec.default_size
-        stride = stride or max(window_size // 2 // factor, 1) * factor
+        window_size = model.spec.default_size if window_size is None else whole_number(window_size, "window_size")
+        stride = max(window_size // 2 // factor, 1) * factor if stride is None else whole_number(stride, "stride")
         if window_size % factor or stride % factor or not 0 < stride <= window_size:
             raise ValueError(
                 f"windows of {window_size} pixels, each {stride} after the one before, do not cover latents of "

@@ -14,6 +14,7 @@ from torch.nn import functional
 
 import refiners.fluxion.layers as fl
 from refiners.adapters.adapter import Adapter
+from refiners.fluxion.checks import list_of_numbers
 from refiners.fluxion.context import Contexts
 from refiners.fluxion.utils import image_to_tensor
 from refiners.foundationals.latent_diffusion.image_prompt.cross_attentions import find_cross_attentions
@@ -37,10 +38,13 @@ class Region:
     negative_prompt: str = ""
 
     def weights(self, height: int, width: int) -> Tensor:
-        """How far each position is in the region, 0 … 1: (1, height, width). Raises ValueError for no rectangle."""
+        """How far each position is in the region, 0 … 1: (1, height, width).
+
+        Raises ValueError for no rectangle, TypeError for what is neither that nor a picture.
+        """
         if isinstance(self.mask, Image.Image):
             return functional.adaptive_avg_pool2d(image_to_tensor(self.mask.convert("L"))[0], (height, width))
-        left, top, right, bottom = self.mask
+        left, top, right, bottom = list_of_numbers(self.mask, "the mask of a region, which is no picture,", 4)
         if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
             raise ValueError(
                 f"{self.mask} is no rectangle in a picture: left, top, right, bottom should be shares from 0 to 1, and "

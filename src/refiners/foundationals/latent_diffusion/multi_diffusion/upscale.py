@@ -5,6 +5,7 @@ from typing import Any
 
 from PIL import Image
 
+from refiners.fluxion.checks import picture
 from refiners.foundationals.latent_diffusion.generation import TextToImage
 from refiners.foundationals.latent_diffusion.multi_diffusion.multi_diffusion import MultiDiffusion
 
@@ -27,17 +28,18 @@ def upscale(
     strength: how much is made anew, in (0, 1]: the more, the more detail, and the less is it the same picture.
     window_size, stride: of the windows, and from one to the next, in pixels, see `MultiDiffusion`.
     options: others of `generate`, such as seed and num_inference_steps.
-    Raises ValueError if the picture would not become larger.
+    Raises ValueError if the picture would become smaller, TypeError if it is none, and as `MultiDiffusion`.
     """
     if not 1 <= factor < inf:
         raise ValueError(f"factor is {factor}, but enlarging takes a finite number of 1 or more")
+    windows = MultiDiffusion(model, window_size, stride, is_faded=True)
     unit = model.lda.spec.downsampling_factor
-    width, height = (max(int(side * factor) // unit, 1) * unit for side in image.size)
+    width, height = (max(int(side * factor) // unit, 1) * unit for side in picture(image).size)
     enlarged = image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
-    windows = MultiDiffusion(model, window_size, stride, is_faded=True).inject()
+    windows.inject()
     try:
         options.setdefault("tile_size", windows.window_size)
-        (picture,) = model.generate(prompt, negative_prompt, init_image=enlarged, strength=strength, **options)
+        (made,) = model.generate(prompt, negative_prompt, init_image=enlarged, strength=strength, **options)
     finally:
         windows.eject()
-    return picture
+    return made

@@ -12,6 +12,7 @@ from refiners.foundationals.latent_diffusion.guidance import Prediction
 from refiners.foundationals.latent_diffusion.model import LatentDiffusionModel
 from refiners.foundationals.latent_diffusion.steering.self_attentions import self_attentions
 from refiners.foundationals.latent_diffusion.steering.steered_guidance import SteeredGuidance
+from refiners.foundationals.latent_diffusion.unet import unet_of
 
 CONTEXT = "perturbed_attention"
 
@@ -23,7 +24,7 @@ class PerturbedAttentionGuidance(SteeredGuidance):
         or several.
     adaptive_scale: how much less the scale is for each training step (of 1000) towards the clean picture; it ends at 0.
     scale, start, end: see `SteeredGuidance`.
-    Raises ValueError for a pattern that matches none, and as `SteeredGuidance`.
+    Raises ValueError for no patterns or one that matches none, and as `SteeredGuidance`.
     """
 
     def __init__(
@@ -37,7 +38,7 @@ class PerturbedAttentionGuidance(SteeredGuidance):
     ) -> None:
         if not 0 <= adaptive_scale < inf:
             raise ValueError(f"adaptive_scale is {adaptive_scale}, but should be a finite number, 0 (constant) or more")
-        places = self_attentions(model.unet, layers)
+        places = self_attentions(unet_of(model), layers)
         adapters = [(PerturbedAttention(place.product), place.attention) for place in places]
         super().__init__(model, adapters, scale, start, end)
         self.adaptive_scale = adaptive_scale

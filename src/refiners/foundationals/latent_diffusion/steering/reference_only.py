@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import refiners.fluxion.layers as fl
 from refiners.adapters.adapter import Adapter
 from refiners.adapters.scaling import Scaling
+from refiners.fluxion.checks import instance_of
 from refiners.fluxion.context import Context, Contexts, placed
 from refiners.foundationals.latent_diffusion.copies import Twins, copied
 from refiners.foundationals.latent_diffusion.model import LatentDiffusionModel
@@ -75,6 +76,8 @@ class ReferenceOnlyControlAdapter(Steering):
 
     def set_reference(self, model: LatentDiffusionModel, clean: Tensor, generator: Generators = None) -> None:
         """Set the reference of all calls from now on: clean latents, which get the noise of each step of the model."""
+        instance_of(model, LatentDiffusionModel, "the model", "the whole one that makes the pictures")
+        instance_of(clean, Tensor, "the reference", "latents, as lda.encode_image makes them")
         self._run.set_reference(Noised(model, clean, unit_noise(clean, generator)))
 
     @property
@@ -113,7 +116,9 @@ class ReferenceRun(fl.Chain, Participant):
         self._reference_at: Reference | None = None
 
     def set_reference(self, reference: Tensor | Reference) -> None:
-        """Take the reference of the calls to come, or the rule for it."""
+        """Take the reference of the calls to come, or the rule for it. Raises TypeError if it is neither."""
+        if not callable(reference):
+            instance_of(reference, Tensor, "the reference", "latents, as lda.encode_image makes them, or a function")
         self._reference, self._reference_at = (reference, None) if isinstance(reference, Tensor) else (None, reference)
 
     def settle(self, twins: Twins) -> None:
@@ -145,15 +150,16 @@ class ReferenceRun(fl.Chain, Participant):
         if self._reference is None:
             raise ValueError("reference-only control has no reference: call set_controlnet_condition or set_reference")
         reference = self._reference.to(x)
-        count, channels = reference.shape[:2]
+        channels = cast(UNet, self.ensure_parent).spec.out_channels
         further = x[:, channels:]
         is_whole = further.shape[1] == 0
-        if x.shape[0] % count or channels > x.shape[1] or not (is_whole or reference.shape[2:] == x.shape[2:]):
+        fits = reference.ndim == 4 and x.shape[0] % len(reference) == 0 and reference.shape[1] == channels
+        if not fits or not (is_whole or reference.shape[2:] == x.shape[2:]):
             raise ValueError(
-                f"the reference is {tuple(reference.shape)}, but the latents are {tuple(x.shape)}: give one for all "
-                "pictures or one for each, and to an inpainting model one of the same size"
+                f"the reference is {tuple(reference.shape)}, but the latents are {tuple(x.shape)}: give one of "
+                f"{channels} channels for all pictures or one for each, and to an inpainting model one of the same size"
             )
-        repeated = reference.repeat(x.shape[0] // count, 1, 1, 1)
+        repeated = reference.repeat(x.shape[0] // len(reference), 1, 1, 1)
         return repeated if is_whole else torch.cat([repeated, further], dim=1)
 
 

@@ -9,18 +9,20 @@ from torch.nn import functional
 import refiners.fluxion.layers as fl
 from refiners.adapters.adapter import Adapter
 from refiners.fluxion.context import Contexts
-from refiners.fluxion.utils import gaussian_blur
+from refiners.fluxion.utils import gaussian_blur, gaussian_weights
 from refiners.foundationals.latent_diffusion.guidance import Prediction
 from refiners.foundationals.latent_diffusion.model import LatentDiffusionModel
 from refiners.foundationals.latent_diffusion.steering.self_attentions import self_attentions
 from refiners.foundationals.latent_diffusion.steering.steered_guidance import SteeredGuidance
+from refiners.foundationals.latent_diffusion.unet import unet_of
 
 
 class SelfAttentionGuidance(SteeredGuidance):
     """Leads to finer detail, with and without classifier-free guidance.
 
-    kernel_size, sigma: of the Gaussian blur, in latents.
+    kernel_size, sigma: of the Gaussian blur, in latents; the size is odd.
     scale, start, end: see `SteeredGuidance`.
+    Raises ValueError for another kernel_size or a sigma that is not positive, and as `SteeredGuidance`.
     """
 
     def __init__(
@@ -32,7 +34,8 @@ class SelfAttentionGuidance(SteeredGuidance):
         start: float = 0.0,
         end: float = 1.0,
     ) -> None:
-        place = self_attentions(model.unet, "mid_block")[0]
+        gaussian_weights(kernel_size, sigma)  # raises if there are none
+        place = self_attentions(unet_of(model), "mid_block")[0]
         super().__init__(model, [(ObservedAttention(place.product), place.attention)], scale, start, end)
         self.kernel_size = kernel_size
         self.sigma = sigma

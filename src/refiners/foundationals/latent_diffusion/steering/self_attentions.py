@@ -28,7 +28,7 @@ class Place:
 def self_attentions(unet: UNet, patterns: str | Sequence[str] = "") -> list[Place]:
     """The self-attentions whose name has a match of one of the regular expressions, in the order of the tree.
 
-    Raises ValueError for a pattern that matches none.
+    Raises ValueError for no patterns, and for one that is no regular expression or matches none.
     """
     names = diffusers_names(unet.spec)
     places: list[Place] = []
@@ -41,10 +41,20 @@ def self_attentions(unet: UNet, patterns: str | Sequence[str] = "") -> list[Plac
             product = module.ensure_find(fl.ScaledDotProductAttention)
             places.append(Place(name.removesuffix(".to_out.0.weight"), module, product))
     chosen: list[Place] = []
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        found = [place for place in places if re.search(pattern, place.name)]
+    several = [patterns] if isinstance(patterns, str) else patterns
+    if not several:
+        raise ValueError("there are no patterns of self-attentions: give at least one, such as 'mid'")
+    for pattern in several:
+        found = [place for place in places if _searched(pattern, place.name)]
         if not found:
             known = ", ".join(place.name for place in places)
             raise ValueError(f"{pattern!r} matches no self-attention of this UNet; it has {known or 'none'}")
         chosen += found
     return [place for place in places if place in chosen]
+
+
+def _searched(pattern: str, name: str) -> bool:
+    try:
+        return re.search(pattern, name) is not None
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is no regular expression: {error}") from error

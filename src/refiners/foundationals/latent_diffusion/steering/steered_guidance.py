@@ -11,6 +11,7 @@ from torch import Tensor
 
 import refiners.fluxion.layers as fl
 from refiners.adapters.adapter import Adapter
+from refiners.fluxion.checks import instance_of
 from refiners.fluxion.layers.transaction import record
 from refiners.foundationals.latent_diffusion.copies import Twins
 from refiners.foundationals.latent_diffusion.guidance import Prediction
@@ -23,7 +24,7 @@ class SteeredGuidance(Steering, ABC):
 
     scale: 0 and more.
     start, end: shares of the steps; only a step that lies whole between them is guided, and others cost nothing.
-    Raises ValueError if they do not satisfy 0 <= start < end <= 1, or for another scale.
+    Raises ValueError if they do not satisfy 0 <= start < end <= 1, or for another scale, TypeError for no model.
     """
 
     def __init__(
@@ -37,7 +38,7 @@ class SteeredGuidance(Steering, ABC):
         if not 0 <= start < end <= 1:
             raise ValueError(f"start and end should be shares, 0 <= start < end <= 1, but they are {start} and {end}")
         super().__init__(adapters)
-        self.model = model
+        self.model = instance_of(model, LatentDiffusionModel, "the model", "a whole one, not a part of it")
         self.start = start
         self.end = end
         self._scale = torch.tensor(_checked(scale))  # a tensor, so that a new scale needs no new compilation
