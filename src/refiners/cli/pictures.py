@@ -91,7 +91,7 @@ def _as_many(values: Sequence[Any], count: int) -> list[Any]:
 def _check(pictures: Sequence[Settings]) -> None:
     """Raise ValueError, FileNotFoundError for what can be known to be wrong without the model."""
     for picture in pictures:
-        if not picture.prompt.strip() and picture.guidance != 1:
+        if not picture.prompt.strip() and picture.guidance != 1 and not picture.ip_adapter:
             raise ValueError("the prompt is empty: say what to show, or take --guidance 1 to leave it to the model")
         if not 0 <= picture.seed <= MAX_SEED:
             raise ValueError(f"the seed {picture.seed} should be from 0 to {MAX_SEED}")

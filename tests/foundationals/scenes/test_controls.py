@@ -111,8 +111,9 @@ def test_the_image_encoder_tells_things_apart_and_takes_pictures_and_tensors() -
     tensors = torch.cat([image_to_tensor(image) for image in images]) * 2 - 1
     torch.testing.assert_close(encoder(tensors), features, rtol=0, atol=1e-5)
     assert torch.pdist(encoder(pixels * 2 - 1)).min() > 0
+    assert torch.equal(encoder(Image.new("L", (8, 9), 255)), encoder(Image.new("RGB", (32, 32), "white")))
     with pytest.raises(ValueError, match="32, 32"):
-        encoder(Image.new("RGB", (8, 8)))
+        encoder(torch.zeros(1, 3, 8, 8))
 
 
 RED_CIRCLE, BLUE_STAR = Thing("red", "circle"), Thing("blue", "star")

@@ -90,9 +90,10 @@ def load_reader() -> Reader:
 def load_image_encoder() -> fl.Chain:
     """What the reader makes of pictures before it names what it sees: PIL pictures, or as `read_scenes`, to (B, 96).
 
-    It is for image prompts of the embedded model what CLIP's is for those of Stable Diffusion.
+    It is for image prompts of the embedded model what CLIP's is for those of Stable Diffusion. Pictures of other sizes
+    are resized.
     """
-    return fl.Chain(fl.Lambda(as_tensor), load_reader()[:-1], fl.AvgPool2d(2), fl.Flatten(1))
+    return fl.Chain(fl.Lambda(as_small_tensor), load_reader()[:-1], fl.AvgPool2d(2), fl.Flatten(1))
 
 
 def read_scenes(images: Sequence[Image.Image] | Float[Tensor, "b 3 32 32"]) -> list[Scene]:
@@ -103,13 +104,25 @@ def read_scenes(images: Sequence[Image.Image] | Float[Tensor, "b 3 32 32"]) -> l
     return load_reader().read(as_tensor(images)).to_list()
 
 
+def as_small_tensor(images: Image.Image | Sequence[Image.Image] | Tensor) -> Tensor:
+    """As `as_tensor`, but pictures may have any size."""
+    if not isinstance(images, Tensor):
+        images = [image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.LANCZOS) for image in _in_colours(images)]
+    return as_tensor(images)
+
+
 def as_tensor(images: Image.Image | Sequence[Image.Image] | Tensor) -> Tensor:
     """One picture or several as a tensor (B, 3, 32, 32) in [-1, 1], float32 on the CPU. Raises as `read_scenes`."""
     if not isinstance(images, Tensor):
-        images = images_to_tensor([image.convert("RGB") for image in list_of_pictures(images)]) * 2 - 1
+        images = images_to_tensor(_in_colours(images)) * 2 - 1
     if images.shape[1:] != (3, IMAGE_SIZE, IMAGE_SIZE):
         raise ValueError(
             f"the reader takes pictures of shape (3, {IMAGE_SIZE}, {IMAGE_SIZE}), not {tuple(images.shape[1:])}; "
             "resize them"
         )
     return images.float().cpu()
+
+
+def _in_colours(images: Image.Image | Sequence[Image.Image]) -> list[Image.Image]:
+    """A picture, or several, in colours. Raises TypeError for what is no picture."""
+    return [image.convert("RGB") for image in list_of_pictures(images)]
