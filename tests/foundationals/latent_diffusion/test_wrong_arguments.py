@@ -33,6 +33,8 @@ from refiners.foundationals.latent_diffusion.steering import (
     ReferenceOnlyControlAdapter,
     SelfAttentionGuidance,
 )
+from refiners.foundationals.preprocessors import InformativeDrawings, canny_edges
+from refiners.foundationals.preprocessors.informative_drawings import DrawingSpec
 from refiners.solvers import DDIM
 
 PICTURE, MASK = Image.new("RGB", (64, 64), (200, 30, 90)), Image.new("L", (64, 64), 255)
@@ -208,6 +210,8 @@ LEADS: list[tuple[Callable[[Any], Any], type[Exception], str]] = [
     (lambda m: RegionalPrompts(m, [Region("a", (0, 0, 1))]), ValueError, "the mask of a region, .* 4 numbers, .* 3"),
     (lambda m: RegionalPrompts(m, [Region("a", None)]), TypeError, "the mask of a region, .* but it is None"),
     (lambda m: RegionalPrompts(m, [Region("a", (0, 0, 1, "1"))]), TypeError, "number 3 of 4, should be a number"),
+    (lambda m: canny_edges("a.png"), TypeError, A_PICTURE),
+    (lambda m: InformativeDrawings(DrawingSpec((4, 4, 4))).draw(PICTURE.size), TypeError, A_PICTURE),
     (lambda m: see_reference(m, PICTURE), TypeError, "the reference is a.* give latents"),
     (lambda m: see_reference(m, torch.zeros(1, 3, 8, 8)), ValueError, r"reference is \(1, 3, 8, 8\).* of 4 channels"),
     (
@@ -227,6 +231,13 @@ def test_what_leads_is_named_if_it_is_of_a_wrong_kind(
 
 
 # -- models that fill in, and those that do not
+
+
+def test_what_is_to_be_filled_in_is_a_picture(inpainting: Any) -> None:
+    with pytest.raises(TypeError, match=rf"the picture is the str 'a\.png': {A_PICTURE}"):
+        inpainting.set_inpainting_conditions("a.png", MASK)
+    with pytest.raises(TypeError, match=rf"the mask is None: {A_PICTURE}"):
+        inpainting.set_inpainting_conditions(PICTURE, None)
 
 
 def test_an_inpainting_model_is_not_made_of_another(model: Any) -> None:

@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
+from refiners.fluxion.checks import picture
 from refiners.fluxion.utils import image_to_tensor
 from refiners.foundationals.latent_diffusion.model import LatentDiffusionModel, mask_to_tensor, resized
 
@@ -32,7 +33,8 @@ class Inpainting(LatentDiffusionModel):
         Returns the mask (1, 1, h, w), 1 where to fill in, and the latents of the rest (1, 4, h, w).
         """
         factor = self.lda.spec.downsampling_factor
-        height, width = latents_size or self.latents_size((target_image.height, target_image.width))
+        own_width, own_height = picture(target_image).size
+        height, width = latents_size or self.latents_size((own_height, own_width))
         size = (height * factor, width * factor)
         pixels = image_to_tensor(resized(target_image, size), device=self.device, dtype=self.lda.dtype) * 2 - 1
         is_new = mask_to_tensor(mask, target_image, size).to(pixels)

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 import refiners.fluxion.layers as fl
+from refiners.fluxion.checks import picture
 from refiners.fluxion.context import placed
 from refiners.fluxion.utils import image_to_tensor, pad, tensor_to_image
 from refiners.weights.matching import match_all
@@ -67,7 +68,7 @@ class InformativeDrawings(fl.Chain):
 
         ControlNets and T2I-Adapters for line art were trained with the opposite: `PIL.ImageOps.invert` gives it.
         """
-        pixels = image_to_tensor(image.convert("RGB"), device=self.device, dtype=self.dtype)
+        pixels = image_to_tensor(picture(image).convert("RGB"), device=self.device, dtype=self.dtype)
         x = pad(pixels, (0, -image.width % 4, 0, -image.height % 4), mode="replicate")
         return tensor_to_image(self(x)[..., : image.height, : image.width])
 
