@@ -50,7 +50,7 @@ def _add_image_prompts(model: TextToImage, settings: Settings) -> None:
     encoder = _image_encoder(cast(str, settings.image_encoder), model)
     ip_adapter = IPAdapter(model, encoder, weights=file, scale=scale).inject()
     pictures, weights = zip(*settings.scaled_image_prompts(), strict=True)
-    images = [open_picture(picture).convert("RGB") for picture in pictures]
+    images = [open_picture(picture) for picture in pictures]
     ip_adapter.set_clip_image_embedding(ip_adapter.compute_clip_image_embedding(images, weights))
 
 

@@ -42,15 +42,30 @@ def picture(value: Any, name: str = "the picture") -> Image.Image:
     return instance_of(value, Image.Image, name, "a PIL image, such as PIL.Image.open(path) or Image.fromarray(array)")
 
 
+def in_eight_bits(image: Image.Image) -> Image.Image:
+    """A picture of 16 bits, as of depths, in 8, of mode L; others as they are. Raises ValueError if it has floats."""
+    if image.mode == "F":
+        raise ValueError(
+            "the picture has floats, which Pillow cuts off at 0 and 255: turn them into whole numbers first"
+        )
+    if image.mode.startswith("I;16"):  # which Pillow would cut off at 255
+        return image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
+    return image
+
+
 def list_of_pictures(value: Any, name: str = "the picture") -> list[Image.Image]:
-    """A picture, or several, as a list. Raises TypeError for what is no picture, ValueError if there is none."""
+    """A picture, or several, as a list, see `in_eight_bits`.
+
+    Raises TypeError for what is no picture, ValueError if there is none, or if it has floats.
+    """
     is_one = not isinstance(value, Sequence) or isinstance(value, str | bytes)
     listed: list[Any] = [value] if is_one else [*cast("Sequence[Any]", value)]
     if not listed:
         raise ValueError(f"{name} should be a picture, or several, but there are none")
     if len(listed) == 1:
-        return [picture(listed[0], name)]
-    return [picture(each, f"{name}, number {index} of {len(listed)},") for index, each in enumerate(listed)]
+        return [in_eight_bits(picture(listed[0], name))]
+    names = [f"{name}, number {index} of {len(listed)}," for index in range(len(listed))]
+    return [in_eight_bits(picture(*each)) for each in zip(listed, names, strict=True)]
 
 
 def list_of_numbers(value: Any, name: str, count: int) -> list[float]:

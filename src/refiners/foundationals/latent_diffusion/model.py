@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import refiners.fluxion.layers as fl
-from refiners.fluxion.checks import height_and_width, instance_of, picture
+from refiners.fluxion.checks import height_and_width, in_eight_bits, instance_of, picture
 from refiners.fluxion.context import Context
 from refiners.fluxion.utils import image_to_tensor
 from refiners.foundationals.latent_diffusion.autoencoder import LatentDiffusionAutoencoder
@@ -278,7 +278,7 @@ def _check_part(name: str, part: fl.Chain | None, wanted: Any) -> None:
 def resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     """The picture in RGB, of that height and width. Raises TypeError if it is none, or the size is not two numbers."""
     height, width = height_and_width(size)
-    image = picture(image).convert("RGB")
+    image = in_eight_bits(picture(image)).convert("RGB")
     return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.LANCZOS)
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from control_specimens import (
@@ -253,6 +254,11 @@ def test_pictures_of_any_mode_and_size_become_conditions() -> None:
     for mode in ("L", "RGBA", "P", "1", "LA"):
         adapter.set_controlnet_condition([image.convert(mode)] * 2)
         assert adapter.condition.shape == (2, 3, 32, 48)
+    depths = Image.fromarray(np.linspace(0, 65535, 32 * 48, dtype=np.uint16).reshape(32, 48))
+    adapter.set_controlnet_condition(depths)
+    assert torch.allclose(adapter.condition[0, 2].flatten(), torch.linspace(0, 1, 32 * 48), atol=1 / 255)
+    with pytest.raises(ValueError, match="the picture has floats"):
+        adapter.set_controlnet_condition(depths.convert("F"))
     adapter.set_controlnet_condition(Image.new("RGB", (50, 31), (255, 0, 0)), size=(32, 48))
     assert torch.equal(adapter.condition, torch.tensor([1.0, 0, 0]).view(1, 3, 1, 1).expand(1, 3, 32, 48))
 

@@ -1,5 +1,6 @@
 """Masks of image prompts."""
 
+import numpy as np
 import pytest
 import torch
 from diffusion_specimens import small_model
@@ -8,7 +9,7 @@ from PIL import Image
 
 from refiners.foundationals.latent_diffusion.image_prompt import ImageProjection, IPAdapter
 from refiners.foundationals.latent_diffusion.image_prompt.masks import masks_to_tensor
-from refiners.foundationals.latent_diffusion.multi_diffusion import MultiDiffusion
+from refiners.foundationals.latent_diffusion.multi_diffusion import MultiDiffusion, Region
 
 
 def grey(values: list[list[int]], mode: str = "L") -> Image.Image:
@@ -16,6 +17,13 @@ def grey(values: list[list[int]], mode: str = "L") -> Image.Image:
     image = Image.new("L", (width, height))
     image.putdata([value for row in values for value in row])
     return image.convert(mode)
+
+
+def test_masks_of_16_bits_are_white_from_the_middle_of_those() -> None:
+    mask = Image.fromarray(np.array([[0, 300, 32000, 33000, 65535]], dtype=np.uint16))
+    assert masks_to_tensor(mask).flatten().tolist() == [0, 0, 0, 1, 1]
+    (shares,) = Region("a", mask).weights(1, 5)
+    assert torch.allclose(shares, torch.tensor([0, 300, 32000, 33000, 65535]) / 65535, atol=1 / 255)
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P", "1"])

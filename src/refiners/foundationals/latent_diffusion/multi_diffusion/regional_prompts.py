@@ -14,7 +14,7 @@ from torch.nn import functional
 
 import refiners.fluxion.layers as fl
 from refiners.adapters.adapter import Adapter
-from refiners.fluxion.checks import list_of_numbers
+from refiners.fluxion.checks import in_eight_bits, list_of_numbers
 from refiners.fluxion.context import Contexts
 from refiners.fluxion.utils import image_to_tensor
 from refiners.foundationals.latent_diffusion.image_prompt.cross_attentions import find_cross_attentions
@@ -43,7 +43,8 @@ class Region:
         Raises ValueError for no rectangle, TypeError for what is neither that nor a picture.
         """
         if isinstance(self.mask, Image.Image):
-            return functional.adaptive_avg_pool2d(image_to_tensor(self.mask.convert("L"))[0], (height, width))
+            grey = image_to_tensor(in_eight_bits(self.mask).convert("L"))[0]
+            return functional.adaptive_avg_pool2d(grey, (height, width))
         left, top, right, bottom = list_of_numbers(self.mask, "the mask of a region, which is no picture,", 4)
         if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
             raise ValueError(
