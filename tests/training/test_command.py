@@ -102,6 +102,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: object, recipe: str = "lora
         (GOOD.format('device = "cuda:99"'), "device = 'cuda:99' means GPU 99, but this machine has"),
         (GOOD.format('device = "gpu"'), "device = 'gpu' is none; write"),
         (GOOD.format('device = "meta"'), 'device = "meta" holds no weights; write'),
+        (GOOD.format('device = "xpu"'), "device 'xpu' is not available on this machine"),
         (GOOD.format(""), "pictures: there is no such folder of pictures; give one that exists"),
         ('recipe = "finetune"\n', "recipe = 'finetune': it should be 'lora'"),
     ],
@@ -130,7 +131,13 @@ def test_a_mistake_is_a_message_like_that_of_any_command_and_not_a_traceback(
     [
         (ConfigError("a: this\na: that"), 1, "error: a: this\nerror: a: that\n"),
         (NonFiniteError("step 3 was not made"), 1, "error: step 3 was not made\n"),
-        (OSError(28, "No space left on device"), 1, "error: [Errno 28] No space left on device\n"),
+        (
+            OSError(28, "No space left on device", "a.png"),
+            1,
+            "error: [Errno 28] No space left on device: 'a.png'; make room on the disk, and give the same command "
+            "again\n",
+        ),
+        (OSError(30, "Read-only file system"), 1, "error: [Errno 30] Read-only file system\n"),
         (ModuleNotFoundError("Prodigy comes with prodigyopt"), 1, "error: Prodigy comes with prodigyopt\n"),
         (
             ModuleNotFoundError("No module named 'pydantic'", name="pydantic"),

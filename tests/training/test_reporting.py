@@ -10,6 +10,7 @@ from PIL import Image
 from training_specimens import make_trainer
 
 from refiners.training import Process, Trainer
+from refiners.training.checkpoint import checkpoints
 from refiners.training.config import LoggingConfig, WandbConfig
 from refiners.training.reporting import (
     ProgressBar,
@@ -68,11 +69,29 @@ def test_numbers_and_pictures_are_in_tensorboards_files(tmp_path: Path) -> None:
     assert [event.step for event in events.Images("samples/0")] == [5, 10]
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no disk that is always full")
+def test_a_log_that_a_full_disk_does_not_take_is_one_error(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("tensorboard")
+
+    class Fill(Callback):
+        def on_step_end(self, trainer: Trainer) -> None:
+            if trainer.clock.step == 7:
+                log.path = Path("/dev/full")
+
+    trainer, losses = make_trainer(tmp_path, checkpointing={"save_interval": "5:step"})
+    log = TensorBoard()
+    trainer.callbacks += [log, Fill()]
+    with pytest.raises(OSError, match=r"the log /dev/full could not be written \(No space left on device\)"):
+        trainer.train()
+    assert len(losses.values) == 7 and capfd.readouterr().err == ""
+    assert [path.name for path in checkpoints(tmp_path / "checkpoints")] == ["step-00000005"]
+
+
 def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ModuleNotFoundError, match="pip install wandb"):
         WeightsAndBiases(WandbConfig(mode="offline"))
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard.summary", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install tensorboard, or set logging\.tensorboard = false"):
         TensorBoard()
 

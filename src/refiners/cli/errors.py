@@ -1,5 +1,6 @@
 """How commands end when something is wrong: one red line and exit code 1, or with `--debug` the whole traceback."""
 
+import errno
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ import typer
 
 Debug = Annotated[bool, typer.Option("--debug", help="On an error, show where in the code it happened.")]
 _OUT_OF_MEMORY = ("out of memory", "not enough memory")  # as torch says it of a GPU and of the CPU
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _EXTRAS = {"pydantic": "training"}  # what is installed along with these modules, which not every command needs
 
 
@@ -44,5 +46,7 @@ def _message(error: Exception, less_memory: str) -> str | None:
     if isinstance(error, ModuleNotFoundError) and error.name is not None:  # it has none where we raise it in words
         extra = _EXTRAS.get(error.name)
         return extra and f"this needs {error.name}, which is not installed: pip install 'refiners[{extra}]'"
+    if isinstance(error, OSError) and error.errno in _FULL:
+        return f"{text}; make room on the disk, and give the same command again"
     is_broken_pipe = isinstance(error, BrokenPipeError)  # typer ends quietly on it
     return None if is_broken_pipe or isinstance(error, RuntimeError) else text

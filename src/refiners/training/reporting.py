@@ -1,6 +1,8 @@
 """What a training tells: a progress bar or lines, TensorBoard files, Weights & Biases."""
 
 import importlib
+import os
+import platform
 import secrets
 import sys
 import time
@@ -101,39 +103,50 @@ class ProgressLines(Callback):
 
 
 class TensorBoard(Callback):
-    """Writes numbers and pictures to `<save_folder>/logs`. Raises ModuleNotFoundError if it is not installed."""
+    """Writes numbers and pictures to `<save_folder>/logs`.
+
+    Not by torch's SummaryWriter: its thread would meet a full disk with a traceback of its own.
+    Raises ModuleNotFoundError if TensorBoard is not installed, OSError if the log cannot be written.
+    """
 
     def __init__(self) -> None:
         try:
-            self.writers: Any = importlib.import_module("torch.utils.tensorboard")
+            self.summary: Any = importlib.import_module("torch.utils.tensorboard.summary")
+            self.events: Any = importlib.import_module("tensorboard.compat.proto.event_pb2")
+            self.records: Any = importlib.import_module("tensorboard.summary.writer.record_writer")
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(
                 "logs need TensorBoard: pip install tensorboard, or set logging.tensorboard = false"
             ) from error
 
     def on_train_begin(self, trainer: Trainer) -> None:
-        """Open the file."""
+        """Begin a file."""
+        folder = trainer.folder / "logs"
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / f"events.out.tfevents.{time.time_ns()}.{platform.node()}.{os.getpid()}"
         # what a run that was killed logged beyond its last checkpoint is dropped
-        self.writer = self.writers.SummaryWriter(trainer.folder / "logs", purge_step=trainer.clock.step + 1)
+        beginning = self.events.SessionLog(status=self.events.SessionLog.START)
+        self._write({"file_version": "brain.Event:2"}, {"step": trainer.clock.step + 1, "session_log": beginning})
 
     def on_log(self, trainer: Trainer, values: Mapping[str, float]) -> None:
         """Write numbers."""
-        for name, value in values.items():
-            self.writer.add_scalar(name, value, trainer.clock.step)
+        summaries = [self.summary.scalar(name, value) for name, value in values.items()]
+        self._write(*({"step": trainer.clock.step, "summary": summary} for summary in summaries))
 
     def on_images(self, trainer: Trainer, name: str, images: list[Image.Image]) -> None:
         """Write pictures."""
         for number, image in enumerate(images):
-            self.writer.add_image(f"{name}/{number}", np.asarray(image), trainer.clock.step, dataformats="HWC")
+            summary = self.summary.image(f"{name}/{number}", np.asarray(image), dataformats="HWC")
+            self._write({"step": trainer.clock.step, "summary": summary})
 
-    def on_checkpoint(self, trainer: Trainer) -> None:
-        """Bring to the disk what was written."""
-        self.writer.flush()
-
-    def close(self, error: BaseException | None) -> None:
-        """Close the file."""
-        if hasattr(self, "writer"):
-            self.writer.close()
+    def _write(self, *events: Mapping[str, Any]) -> None:
+        try:
+            with open(self.path, "ab") as file:
+                for event in events:
+                    content = self.events.Event(wall_time=time.time(), **event).SerializeToString()
+                    self.records.RecordWriter(file).write(content)
+        except OSError as error:
+            raise OSError(error.errno, f"the log {self.path} could not be written ({error.strerror})") from error
 
 
 class WeightsAndBiases(Callback):

@@ -74,6 +74,9 @@ def write_safetensors(
         if target.exists():
             os.chmod(temporary, target.stat().st_mode)
         os.replace(temporary, target)
+    except OSError as error:
+        error.filename = str(path)  # which that of a full disk does not tell, and others the temporary name
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
