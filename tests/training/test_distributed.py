@@ -6,6 +6,7 @@ Each case runs as this file under `torchrun`, with gloo on the CPU.
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -166,8 +167,9 @@ def children_of(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def test_when_a_worker_dies_all_end_and_the_same_command_goes_on(
-    tmp_path: Path, alone: dict[str, tuple[Path, list[float]]]
+@pytest.mark.parametrize("is_asked", [False, True], ids=["a worker dies", "torchrun is told to stop"])
+def test_when_one_ends_all_end_and_the_same_command_goes_on(
+    tmp_path: Path, alone: dict[str, tuple[Path, list[float]]], is_asked: bool
 ) -> None:
     process = launch(2, __file__, str(tmp_path), json.dumps({"pause": True}))
     assert process.stdout is not None
@@ -175,12 +177,17 @@ def test_when_a_worker_dies_all_end_and_the_same_command_goes_on(
         assert process.poll() is None
     workers = children_of(process.pid)
     assert len(workers) == 2
-    os.kill(workers[1], 9)
-    process.communicate(timeout=60)
+    os.kill(process.pid if is_asked else workers[1], signal.SIGTERM if is_asked else signal.SIGKILL)
+    output, _ = process.communicate(timeout=60)
     assert process.returncode != 0
     assert not [worker for worker in workers if Path(f"/proc/{worker}").exists()]
     newest = newest_checkpoint(tmp_path / "checkpoints")
-    assert newest is not None and newest.name >= "step-00000003"
+    assert newest is not None
+    if is_asked:
+        assert f"stopped by SIGTERM after step {int(newest.name[5:])}, which is saved in" in output
+        assert newest.name >= "step-00000004"
+    else:
+        assert "ConnectionError: process 0 of 2 has lost another one" in output and newest.name >= "step-00000003"
     losses = finish(2, tmp_path)
     folder, expected = alone["lora"]
     assert losses == pytest.approx(expected[-len(losses) :], rel=1e-5)

@@ -66,7 +66,7 @@ def joined(device: str = "auto") -> Generator[Process]:
     """Join the processes that `torchrun` started, if it did.
 
     device: "auto" is the GPU of this process if there is one, else the CPU.
-    Raises ValueError if the device is not there.
+    Raises ValueError if the device is not there, ConnectionError if another process has ended before its time.
     """
     count = int(os.environ.get("WORLD_SIZE", 1))
     place = _choose_device(device, int(os.environ.get("LOCAL_RANK", 0)), count)
@@ -77,6 +77,13 @@ def joined(device: str = "auto") -> Generator[Process]:
     try:
         yield Process(dist.get_rank(), count, place)
         dist.barrier()
+    except RuntimeError as error:
+        if "gloo/transport" not in str(error):  # it has no error of its own
+            raise
+        raise ConnectionError(
+            f"process {dist.get_rank()} of {count} has lost another one, which may have said why; the same command "
+            "goes on from the last checkpoint"
+        ) from error
     finally:
         dist.destroy_process_group()
 
@@ -126,7 +133,10 @@ def _choose_device(wanted: str, local_rank: int, count: int) -> torch.device:
     if device.type != "cuda":
         if device.type == "meta":
             raise ValueError('device = "meta" holds no weights; write "auto", "cpu", "cuda" or "cuda:1"')
-        check_is_available(device)
+        try:
+            check_is_available(device)
+        except RuntimeError as error:
+            raise ValueError(str(error)) from error
         return device
     has_index = ":" in wanted
     if has_index and count > 1:
