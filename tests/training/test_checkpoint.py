@@ -243,12 +243,25 @@ def test_rates_may_be_split_by_model_in_mid_training(tmp_path: Path) -> None:
         assert trainer.metrics.get("text_encoder_learning_rate") == rates.get("text_encoder_learning_rate")
 
 
-def test_changed_data_is_told(tmp_path: Path) -> None:
-    for duration, data in (("2:step", "one"), ("4:step", "one"), ("6:step", "other")):
+@pytest.mark.parametrize(
+    ("contents", "told"),
+    [
+        (None, "data was 'one' and is 'other'; set"),
+        ("1 a.png|2 b.png", r"the data were 3 samples and are 2: 1 removed \(c\.png\); set"),
+        ("1 a.png|4 b.png|3 c.png|5 d.png", r"3 samples and are 4: 1 added \(d\.png\), 1 changed \(b\.png\); set"),
+        ("6 e|7 f|8 g|9 h", r"4: 3 removed \(a\.png, b\.png, c\.png\), 4 added \(e, f, g, …\); set"),
+        ("3 c.png|2 b.png|1 a.png", "3 samples and are 3: the same ones, in another order or number; set"),
+    ],
+)
+def test_changed_data_is_told(tmp_path: Path, contents: str | None, told: str) -> None:
+    before = "1 a.png|2 b.png|3 c.png"
+    for duration, data, found in (("2:step", "one", before), ("4:step", "one", before), ("6:step", "other", contents)):
         trainer, losses = make_trainer(tmp_path, training={"duration": duration})
-        trainer.batches.fingerprint = data  # type: ignore[attr-defined]
+        batches: Any = trainer.batches
+        batches.fingerprint = data
+        batches.contents = found.split("|") if found else ()
         if data == "other":
-            with pytest.raises(ConfigError, match="data was 'one' and is 'other'"):
+            with pytest.raises(ConfigError, match=told):
                 trainer.train()
         else:
             trainer.train()

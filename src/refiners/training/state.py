@@ -65,13 +65,42 @@ def check_same_weights(path: Path, saved: Mapping[str, Tensor], parameters: Mapp
             )
 
 
-def check_same_config(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raises ConfigError if settings that bear on the weights to come are not those of the checkpoint."""
+def check_same_config(
+    path: Path, before: Mapping[str, Any], now: Mapping[str, Any], contents: tuple[str, str] = ("", "")
+) -> None:
+    """Raises ConfigError if settings that bear on the weights to come are not those of the checkpoint.
+
+    contents: of the data, before and now, as `joined_contents` gives them.
+    """
     changed = differences(before, now)
     matter = {name: values for name, values in changed.items() if not name.startswith(FREE_TO_CHANGE)}
     if matter:
-        listed = "; ".join(f"{name} was {old!r} and is {new!r}" for name, (old, new) in matter.items())
+        told = {name: f"{name} was {old!r} and is {new!r}" for name, (old, new) in matter.items()}
+        if "data" in told and all(contents):
+            told["data"] = _describe_change(*contents)
+        listed = "; ".join(told.values())
         raise ConfigError(
             f"{path}: this checkpoint was made with other settings: {listed}; set them back, choose another "
             "checkpointing.save_folder, or set checkpointing.allow_changes = true"
         )
+
+
+def joined_contents(batches: object) -> str:
+    """What batches say that they hold, as one text, which costs a checkpoint next to nothing; "" if they do not."""
+    return "\0".join(getattr(batches, "contents", ()))
+
+
+def _describe_change(before: str, now: str) -> str:
+    """What became other in data: how many samples there are, and which are new, gone, or new under the same name."""
+    texts = [[entry.partition(" ") for entry in text.split("\0")] for text in (before, now)]
+    old, new = ({digest: name for digest, _, name in entries} for entries in texts)
+    gone = {name for digest, name in old.items() if digest not in new}
+    come = {name for digest, name in new.items() if digest not in old}
+    kinds = {"removed": gone - come, "added": come - gone, "changed": gone & come}
+    told = [f"{len(names)} {kind} ({_first(names)})" for kind, names in kinds.items() if names]
+    counts = f"the data were {len(texts[0])} samples and are {len(texts[1])}"
+    return f"{counts}: {', '.join(told) or 'the same ones, in another order or number'}"
+
+
+def _first(names: set[str]) -> str:
+    return ", ".join(sorted(names)[:3]) + (", …" if len(names) > 3 else "")

@@ -41,6 +41,7 @@ class Batches(Protocol):
     """Data by place: the same place always gives the same batch.
 
     An attribute `fingerprint`, a string, may tell other data from this; a training resumes on the same data only.
+    Another one, `contents`, may hold a string for each sample, a digest and a name, so that it is told what differs.
     """
 
     def __len__(self) -> int:
@@ -260,6 +261,7 @@ class Trainer:
             "scaler": self._scaler.state_dict(),
             "mean_weights": {name: whole(mean) for name, mean in self.ema.means.items()} if self.ema else {},
             "randomness": self.process.gather(get_randomness()),
+            "contents": state.joined_contents(self.batches),
         }
         if self.process.is_first:
             save_checkpoint(self.checkpoint_folder, self.clock.step, parts, self.config.checkpointing.keep)
@@ -277,7 +279,8 @@ class Trainer:
             return
         parts = load_checkpoint(path)
         if not self.config.checkpointing.allow_changes:
-            state.check_same_config(path, parts["config"], self._settings())
+            contents = (parts.get("contents", ""), state.joined_contents(self.batches))
+            state.check_same_config(path, parts["config"], self._settings(), contents)
         state.check_same_weights(path, parts["weights"], self._parameters)
         for name, weight in parts["weights"].items():
             copy_whole(self._parameters[name], weight)

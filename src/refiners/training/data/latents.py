@@ -81,6 +81,7 @@ class SampleRule:
 class Item:
     """A picture as "latents" (C, h, w), flipped or not, its "mask" (1, h, w) and its "conditioning" if it has them."""
 
+    name: str
     key: str
     size: Size
     caption: str
@@ -153,7 +154,7 @@ class LatentCache:
         if self.has_flips:
             read(True)
         size = (width * self.factor, height * self.factor)
-        return Item(key, size, picture.caption or "", picture.weight, read)
+        return Item(picture.name, key, size, picture.caption or "", picture.weight, read)
 
     def _encode(self, picture: Picture, is_flipped: bool) -> dict[str, Tensor]:
         image = decode(picture.read(), picture.name)
@@ -193,7 +194,9 @@ class LatentBatches:
         self.items, self.rule, self.encode_text = items, rule, encode_text
         self.batch_size = batch_size
         self.sampler = BucketSampler([item.size for item in items], batch_size, rule.seed)
-        self.fingerprint = key_of(*(f"{item.key} {item.caption} {item.weight}" for item in items))
+        marks = [f"{item.key} {item.caption} {item.weight}" for item in items]
+        self.fingerprint = key_of(*marks)
+        self.contents = [f"{key_of(mark)[:16]} {item.name}" for mark, item in zip(marks, items, strict=True)]
 
     def __len__(self) -> int:
         return len(self.sampler)
