@@ -46,6 +46,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
         "training.ema_decay = '0.9': it should be a valid number",
     ),
     "no path": ({"checkpointing": {"save_folder": ""}}, "checkpointing.save_folder: '' is no path"),
+    "a file for a folder": ({"checkpointing": {"save_folder": __file__}}, "test_config.py' is a file; name a folder"),
     "a number for a path": ({"checkpointing": {"save_folder": 3}}, "checkpointing.save_folder: 3 is no path"),
     "a value for a section": ({"training": 3}, r"training = 3: it should be a section, \[training\]"),
     "three betas": ({"optimizer": {"betas": [0.9, 0.9, 0.9]}}, r"betas: \[0.9, 0.9, 0.9\] should be two numbers"),

@@ -328,7 +328,7 @@ def test_a_target_that_fits_nothing_is_named_with_the_nearest(pattern: str) -> N
 
 
 @pytest.mark.slow
-def test_too_many_held_out_timesteps_that_are_none_and_too_small_pictures_are_errors(
+def test_too_many_held_out_timesteps_that_are_none_and_sides_that_do_not_fit_are_errors(
     tmp_path: Path, model_folder: Path, picture_folder: Path
 ) -> None:
     evaluated = {"training": 'evaluation_interval = "1:epoch"', "dataset": "held_out = 6"}
@@ -340,9 +340,14 @@ def test_too_many_held_out_timesteps_that_are_none_and_too_small_pictures_are_er
     )
     with pytest.raises(ConfigError, match="end_timestep = 2000 is beyond the 1000 timesteps of this model"):
         train(path)
-    path = write_config(tmp_path, "lora", model_folder, picture_folder, dataset="resolution = 7")
-    with pytest.raises(ConfigError, match=r"dataset\.resolution = 7"):
-        train(path)
+    for side, message in (
+        (7, "it should be greater than"),
+        (9, "is no multiple of 8, .* 8$"),
+        (30, ".* set it to 32$"),
+    ):
+        path = write_config(tmp_path, "lora", model_folder, picture_folder, dataset=f"resolution = {side}")
+        with pytest.raises(ConfigError, match=rf"dataset\.resolution = {side}:? {message}"):
+            train(path)
 
 
 @pytest.mark.slow

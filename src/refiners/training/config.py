@@ -8,7 +8,7 @@ from refiners.training.clock import Period, Unit
 from refiners.training.optimizers import OPTIMIZERS, checked_optimizer
 from refiners.training.settings import (
     ConfigError,
-    PathSetting,
+    FolderSetting,
     PeriodSetting,
     Section,
     TextSetting,
@@ -155,7 +155,7 @@ class CheckpointingConfig(Section):
     allow_changes: resume even if settings that matter are not those that the checkpoint was made with.
     """
 
-    save_folder: PathSetting
+    save_folder: FolderSetting
     save_interval: PeriodSetting = Period(1, Unit.EPOCH)
     keep: int = Field(default=2, ge=1)
     resume: bool = True

@@ -26,9 +26,16 @@ def _existing_file(path: Path) -> Path:
     return path
 
 
+def _no_file(path: Path) -> Path:
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{str(path)!r} is a file; name a folder")
+    return path
+
+
 PeriodSetting = Annotated[Period, BeforeValidator(Period.parse), PlainSerializer(str)]
 PathSetting = Annotated[Path, BeforeValidator(_path)]  # relative to where the command runs; ~ is the home folder
 FileSetting = Annotated[PathSetting, AfterValidator(_existing_file)]
+FolderSetting = Annotated[PathSetting, AfterValidator(_no_file)]  # is made where it is not there
 TupleOf = Annotated[T, Field(strict=False)]  # of what TOML has as an array
 TextSetting = Annotated[str, Field(min_length=1)]
 

@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from refiners.training.config import TrainerConfig
-from refiners.training.settings import ConfigError, FileSetting, PathSetting, Section, TextSetting
+from refiners.training.settings import ConfigError, FileSetting, FolderSetting, PathSetting, Section, TextSetting
 
 TAKEN_NAMES = ("cache", "checkpoints", "logs", "prior", "samples")  # what lies in a `save_folder` besides the result
 
@@ -68,7 +68,8 @@ class DatasetConfig(Section):
     hf_repo: a data set of the hub, of which `revision`, `split` and the columns can be named. Or else:
     scenes: see there.
     revision, split, image_column, caption_column: of `hf_repo`.
-    resolution: side in pixels of a square of the same area; None for that of the model.
+    resolution: side in pixels of a square of the same area, for Stable Diffusion 1 a multiple of 64; None for that of
+        the model.
     max_aspect_ratio: of buckets; 1 crops every picture to a square.
     default_caption: for pictures that have none.
     on_bad_item: whether a picture that cannot be read or has no caption, or a caption without a picture, stops the
@@ -95,7 +96,7 @@ class DatasetConfig(Section):
     mask_folder: PathSetting | None = None
     conditioning_folder: PathSetting | None = None
     conditioning_column: TextSetting | None = None
-    cache_folder: PathSetting | None = None
+    cache_folder: FolderSetting | None = None
     held_out: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")

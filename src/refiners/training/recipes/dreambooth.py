@@ -21,7 +21,7 @@ from refiners.training.recipes.config import TextToImageConfig
 from refiners.training.recipes.lora import LoraConfig, inject_loras
 from refiners.training.recipes.text_to_image import load_model, read_pictures, train
 from refiners.training.reporting import note
-from refiners.training.settings import PathSetting, Section, TextSetting
+from refiners.training.settings import FolderSetting, Section, TextSetting
 from refiners.training.trainer import Trainer
 
 _MADE = re.compile(r"\d{5}-[0-9a-f]{8}\.png")
@@ -41,7 +41,7 @@ class DreamboothConfig(Section):
     instance_prompt: TextSetting
     class_prompt: str = ""
     prior_images: int = Field(default=0, ge=0)
-    prior_folder: PathSetting | None = None
+    prior_folder: FolderSetting | None = None
     prior_loss_weight: float = Field(default=1.0, ge=0)
     num_inference_steps: int = Field(default=30, ge=1, le=1000)
 

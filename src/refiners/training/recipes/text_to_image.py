@@ -182,8 +182,11 @@ def _prepare_items(
     dataset, factor = config.dataset, sd.lda.spec.downsampling_factor
     multiple = factor * 2 ** (len(sd.unet.spec.channels) - 1)
     resolution = dataset.resolution or sd.spec.default_size
-    if resolution < multiple:
-        raise ConfigError(f"dataset.resolution = {resolution} is below {multiple}, the least that this model can have")
+    if dataset.resolution is not None and resolution % multiple:
+        raise ConfigError(
+            f"dataset.resolution = {resolution} is no multiple of {multiple}, as this model needs; set it to "
+            f"{max(multiple, round(resolution / multiple) * multiple)}"
+        )
     sizes = bucket_sizes(resolution, multiple, dataset.max_aspect_ratio)
 
     @torch.no_grad()
