@@ -3,11 +3,13 @@
 import runpy
 import sys
 import tomllib
+import warnings
 from pathlib import Path
 
 import pytest
 
 from refiners.cli import train as command
+from refiners.cli.errors import reported_errors
 from refiners.foundationals.scenes import score
 from refiners.training import ConfigError, NonFiniteError, TrainingInterrupted
 from refiners.training.data.pictures import decode, read_folder, with_captions
@@ -166,6 +168,15 @@ def test_each_end_has_its_words_and_its_code(
     monkeypatch.setattr(registry, "train", fail)
     assert run(monkeypatch, "config.toml") == code
     assert capsys.readouterr().err == told
+
+
+def test_a_warning_is_a_line_without_the_place_in_the_code() -> None:
+    form, place = warnings.formatwarning, (UserWarning, "pictures.py", 7)
+    for debug in (False, True):
+        with reported_errors(debug):
+            line = warnings.formatwarning("2 pictures\nwere left out", *place)
+        assert (line == "warning: 2 pictures were left out\n") is not debug
+    assert warnings.formatwarning is form
 
 
 def test_an_error_that_is_a_bug_goes_through(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,6 +69,8 @@ def test_pictures_without_captions_stop_or_are_left_out_or_get_a_default(tmp_pat
         with_captions(pictures, "stop")
     with pytest.warns(DataWarning, match=r"01\.png"):
         assert len(with_captions(pictures, "skip")) == 2
+    with pytest.raises(DataError, match=r"none of the 1 pictures has a caption \(first: .*01\.png\); write each into"):
+        with_captions(pictures[1:2], "skip")
     assert [each.caption for each in with_captions(pictures, "stop", "a thing")] == [
         "a red disc",
         "a thing",

@@ -2,6 +2,7 @@
 
 import errno
 import sys
+import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Annotated, NoReturn
@@ -20,8 +21,13 @@ def reported_errors(
 ) -> Generator[None]:
     """Turn errors that a user can cause into one line on stderr and exit code 1; others are bugs, and go through.
 
+    Warnings are lines as well.
+
     less_memory: what to do if there is not enough memory.
     """
+    form_before = warnings.formatwarning
+    if not debug:
+        warnings.formatwarning = _warning_line
     try:
         yield
     except (ValueError, OSError, MemoryError, RuntimeError, ModuleNotFoundError) as error:
@@ -29,6 +35,12 @@ def reported_errors(
         if debug or message is None:
             raise
         complain(message)
+    finally:
+        warnings.formatwarning = form_before
+
+
+def _warning_line(message: Warning | str, *_: object) -> str:
+    return f"warning: {' '.join(str(message).split())}\n"
 
 
 def complain(*mistakes: str) -> NoReturn:

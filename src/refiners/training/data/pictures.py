@@ -159,10 +159,18 @@ def read_hub(
 
 
 def with_captions(pictures: Sequence[Picture], on_bad_item: OnBadItem, default: str | None = None) -> list[Picture]:
-    """The pictures that have a caption; `default` is given to those that have none, if it is not None."""
+    """The pictures that have a caption; `default` is given to those that have none, if it is not None.
+
+    Raises DataError if none has one, or one lacks it and `on_bad_item` is "stop".
+    """
     if default is not None:
         return [picture if picture.caption is not None else replace(picture, caption=default) for picture in pictures]
     lost = [picture.name for picture in pictures if picture.caption is None]
+    if pictures and len(lost) == len(pictures):
+        raise DataError(
+            f"none of the {len(lost)} pictures has a caption (first: {lost[0]}); write each into a .txt file of its "
+            "name, or set dataset.default_caption"
+        )
     complain(lost, f"{len(lost)} of {len(pictures)} pictures have no caption", on_bad_item)
     return [picture for picture in pictures if picture.caption is not None]
 
