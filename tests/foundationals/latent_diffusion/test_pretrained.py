@@ -79,6 +79,8 @@ def test_diffusers_loads_our_folder(model: StableDiffusion_1, saved: Path) -> No
     theirs = {**pipeline.unet.state_dict(), **pipeline.vae.state_dict(), **pipeline.text_encoder.state_dict()}
     assert len(theirs) == len(model.state_dict())
     assert pipeline.tokenizer("a cat").input_ids == [49406, 320, 2368, 49407]
+    ids = list(json.loads((saved / "tokenizer" / "vocab.json").read_text(encoding="utf-8")).values())
+    assert ids == list(range(49408))  # in order, so that the same model always gives the same files
     assert pipeline.scheduler.config.prediction_type == "epsilon"
 
 

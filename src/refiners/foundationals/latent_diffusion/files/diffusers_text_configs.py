@@ -65,9 +65,11 @@ def text_encoder_config(spec: CLIPTextSpec) -> dict[str, Any]:
 def tokenizer_files(folder: str, spec: CLIPTextSpec, vocabulary: Path) -> Mapping[str, Any]:
     """The contents of the files of a tokenizer, by their names with the folder's."""
     padding = END if spec.pad_token_id is None else "!"
+    ids = load_vocabulary(str(vocabulary)).get_vocab()
+    by_id = dict(sorted(ids.items(), key=lambda item: item[1]))
     special = {"bos_token": START, "eos_token": END, "pad_token": padding, "unk_token": END}
     return {
-        f"{folder}/vocab.json": json.dumps(load_vocabulary(str(vocabulary)).get_vocab(), ensure_ascii=False),
+        f"{folder}/vocab.json": json.dumps(by_id, ensure_ascii=False),
         f"{folder}/merges.txt": vocabulary.read_text(encoding="utf-8"),
         f"{folder}/special_tokens_map.json": special,
         f"{folder}/tokenizer_config.json": {
