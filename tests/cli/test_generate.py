@@ -192,7 +192,12 @@ def test_pictures_stand_the_right_way_up(model: list[Any]) -> None:
         (["--strength", "2", "--init-image", "start.png"], "strength is 2.0"),
         (["--mask", "mask.png"], "give --init-image too"),
         (["--init-image", "none.png"], "none.png: there is no such file"),
-        (["--init-image", "text.png"], "cannot identify image file"),
+        (
+            ["--strength", "0.5"],
+            "a strength says how much of a picture to change, but there is none: give --init-image",
+        ),
+        (["--init-image", "text.png"], "text.png: this is no picture in a known format"),
+        (["--init-image", "torn.png"], "torn.png: this picture is damaged, or cannot be read ("),
         (["--model", "none"], "'none' is no folder, no file, no repository"),
         (["--model", "none.safetensors"], "none.safetensors: there is no such file"),
         (["--model", "LORA"], "style.safetensors: this is no model, but a LoRA"),
@@ -219,6 +224,7 @@ def test_what_cannot_be_ends_in_one_line(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     draw_inputs()
     Path("text.png").write_text("this is a text, and no picture")
+    Path("torn.png").write_bytes(Path("start.png").read_bytes()[:-40])
     line = fail("generate", "a cat", *model, *(option.replace("LORA", str(lora)) for option in options))
     assert message.replace("LORA", str(lora)) in line
     assert not list(Path().glob("a-cat*"))

@@ -36,6 +36,8 @@ def make_pictures(
     Raises ValueError, OSError before anything is made if something cannot be right.
     """
     settings = _settings(given, like)
+    if given["strength"] is not None and not settings.init_image:
+        raise ValueError("a strength says how much of a picture to change, but there is none: give --init-image too")
     pictures = _pictures(settings, prompts, seeds, is_repeated=like is not None)
     _check(pictures)
     paths = picture_paths(out, pictures)

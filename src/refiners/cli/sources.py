@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from refiners.foundationals.latent_diffusion import StableDiffusion, StableDiffusion_1, StableDiffusion_XL
 from refiners.foundationals.latent_diffusion.files.pretrained import find_source
@@ -56,9 +56,13 @@ def empty_model_for_lora(lora: str | LoraFile) -> StableDiffusion:
 
 
 def open_picture(path: str) -> Image.Image:
-    """A picture, the right way up. Raises OSError if it is none, ValueError if it is far too large."""
+    """A picture, the right way up. Raises ValueError if it is none, is damaged, or is far too large."""
     try:
         with Image.open(path) as image:
             return ImageOps.exif_transpose(image)
     except Image.DecompressionBombError as error:
         raise ValueError(f"{path}: {error}; make it smaller first") from error
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{path}: this is no picture in a known format") from error
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"{path}: this picture is damaged, or cannot be read ({error})") from error
