@@ -1,5 +1,8 @@
 """The embedded model: its weights fit the classes, its UNet knows where it is, and its pictures obey captions."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -57,6 +60,15 @@ def test_waves_tell_every_position_apart_at_any_size() -> None:
         distances = torch.cdist(vectors, vectors) + 9 * torch.eye(len(vectors))
         assert distances.min() > 0.1
     assert torch.allclose(waves[0, 0, :, 0], torch.cos(torch.pi * (torch.arange(5) + 0.5) / 5), atol=1e-6)
+
+
+def test_a_folder_gives_back_the_embedded_model(tmp_path: Path) -> None:
+    builtin = StableDiffusion_1.from_pretrained("builtin")
+    builtin.save_pretrained(tmp_path / "model")
+    loaded = StableDiffusion_1.from_pretrained(tmp_path / "model")
+    assert replace(loaded.spec, vocabulary=EMBEDDED_VOCABULARY) == builtin.spec
+    pictures = [each.generate("a red circle", seed=1, num_inference_steps=2)[0] for each in (builtin, loaded)]
+    assert pictures[0].tobytes() == pictures[1].tobytes()
 
 
 @pytest.mark.slow

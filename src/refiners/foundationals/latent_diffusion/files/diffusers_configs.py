@@ -9,6 +9,7 @@ from typing import Any, cast
 from refiners.foundationals.clip.text_encoder import CLIP_L
 from refiners.foundationals.clip.tokenizer import VOCABULARY_PATH
 from refiners.foundationals.latent_diffusion.autoencoder import AutoencoderSpec
+from refiners.foundationals.latent_diffusion.embedded import EMBEDDED
 from refiners.foundationals.latent_diffusion.files.checked_options import Config, check_fixed
 from refiners.foundationals.latent_diffusion.files.diffusers_text_configs import (
     TOKENIZERS,
@@ -78,6 +79,7 @@ def read_spec(
     Raises ValueError if a part is missing something, or is something that this model is not.
     """
     is_xl = "text_encoder_2" in configs
+    like = EMBEDDED if "position_frequencies" in configs["unet"] else SDXL if is_xl else SD1
     try:
         unet = read_unet(configs["unet"], f"{where}/unet")
         autoencoder = _read_autoencoder(configs["vae"], f"{where}/vae", is_xl)
@@ -99,9 +101,9 @@ def read_spec(
         autoencoder=autoencoder,
         text_encoder=text_encoders.get("text_encoder"),
         text_encoder_2=text_encoders.get("text_encoder_2"),
-        solver_params=_read_scheduler(scheduler),
+        solver_params=_read_scheduler(scheduler, like.solver_params),
         default_size=size,
-        condition_scale=(SDXL if is_xl else SD1).condition_scale,
+        condition_scale=like.condition_scale,
         vocabulary=VOCABULARY_PATH if is_clips or merges is None else merges,
     )
 
@@ -124,6 +126,7 @@ def read_unet(config: Config, where: str) -> UNetSpec:
         norm_groups=config.get("norm_num_groups", 32),
         has_linear_projection=config.get("use_linear_projection", False),
         guidance_waves=config.get("time_cond_proj_dim") or 0,
+        position_frequencies=config.get("position_frequencies", 0),
         **_read_added_conditions(config),
     )
     return spec.with_middle_layers(middle)
@@ -169,10 +172,10 @@ SCHEDULER_ENTRIES = {
 }
 
 
-def _read_scheduler(config: Config) -> SolverParams:
+def _read_scheduler(config: Config, otherwise: SolverParams) -> SolverParams:
     params = {ours: config[theirs] for ours, theirs in SCHEDULER_ENTRIES.items() if theirs in config}
     types = {entry.name: entry.type for entry in fields(SolverParams)}
-    return replace(SolverParams(), **{name: cast(Any, types[name])(value) for name, value in params.items()})
+    return replace(otherwise, **{name: cast(Any, types[name])(value) for name, value in params.items()})
 
 
 def write_spec(spec: StableDiffusionSpec) -> dict[str, str]:
@@ -186,6 +189,7 @@ def write_spec(spec: StableDiffusionSpec) -> dict[str, str]:
         "unet/config.json": {
             "_class_name": "UNet2DConditionModel",
             "out_channels": spec.unet.out_channels,
+            **({"position_frequencies": waves} if (waves := spec.unet.position_frequencies) else {}),  # ours alone
             "sample_size": spec.default_size // spec.autoencoder.downsampling_factor,
             "time_cond_proj_dim": spec.unet.guidance_waves or None,
             "up_block_types": [UP[count > 0] for count in reversed(spec.unet.transformer_layers)],
