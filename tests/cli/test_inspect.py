@@ -7,8 +7,11 @@ import torch
 from cli_specimens import fail, succeed
 from diffusion_specimens import SMALL
 
+import refiners.fluxion.layers as fl
+from refiners.adapters.lora import LoraAdapter
 from refiners.cli.reports import pruned_tree
 from refiners.foundationals.latent_diffusion import StableDiffusion_1
+from refiners.foundationals.latent_diffusion.lora import save_lora
 from refiners.weights import header
 from refiners.weights.files import write_safetensors
 
@@ -78,6 +81,14 @@ def test_a_lora_says_what_would_attach(folder: Path, lora: Path) -> None:
     assert "ranks: 2 on " in output and "layers of unet; LoRA of rank 2" in output
     other = succeed("inspect", lora)
     assert "'style': nothing attached" in other and other.count("do not fit the linear") == 74
+
+
+def test_a_lora_of_the_embedded_model_is_held_against_that(tmp_path: Path) -> None:
+    builtin = StableDiffusion_1.from_pretrained("builtin")
+    for layer, parent in list(builtin.unet.walk(fl.Linear))[:3]:
+        LoraAdapter(layer, rank=2).inject(parent)
+    save_lora(tmp_path / "small.safetensors", builtin, "lora")
+    assert "as 'small': 3 layers of unet" in succeed("inspect", tmp_path / "small.safetensors")
 
 
 def test_the_header_of_a_lora_is_parsed_once(lora: Path, monkeypatch: pytest.MonkeyPatch) -> None:

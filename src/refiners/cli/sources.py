@@ -5,7 +5,7 @@ from pathlib import Path
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from refiners.foundationals.latent_diffusion import StableDiffusion, StableDiffusion_1, StableDiffusion_XL
-from refiners.foundationals.latent_diffusion.files.pretrained import find_source
+from refiners.foundationals.latent_diffusion.files.pretrained import BUILTIN, find_source
 from refiners.foundationals.latent_diffusion.lora import inspect_lora
 from refiners.weights.formats import Content, Family, identify, identify_file
 from refiners.weights.lora_keys import LoraFile, read_lora
@@ -51,8 +51,18 @@ def empty_model(where: str | None = None, family: Family | None = None) -> Stabl
 
 
 def empty_model_for_lora(lora: str | LoraFile) -> StableDiffusion:
-    """The tree of the released model of the family that a LoRA is of, or of Stable Diffusion 1 if it does not tell."""
-    return empty_model(family=inspect_lora(lora).identity.family)
+    """The tree of the released model of the family that a LoRA is of.
+
+    If it does not tell: of the model that comes with the package if all of it fits there, else of Stable Diffusion 1.
+    """
+    file = lora if isinstance(lora, LoraFile) else read_lora(lora)
+    family = inspect_lora(file).identity.family
+    if family is None:
+        builtin = empty_model(BUILTIN)
+        report = inspect_lora(file, builtin).report
+        if report is not None and report.attached and not report.left_out:
+            return builtin
+    return empty_model(family=family)
 
 
 def open_picture(path: str) -> Image.Image:
