@@ -344,6 +344,12 @@ def test_loading_takes_no_copy_of_the_files(file: Path) -> None:
     assert any(int(begin, 16) <= mapped.data_ptr() < int(end, 16) for begin, end in spans)
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_a_dtype_that_cannot_compute_is_named(dtype: torch.dtype) -> None:
+    with pytest.raises(ValueError, match=rf"a model computes in torch\.float32, .* not in {dtype}"):
+        StableDiffusion_1.from_pretrained("builtin", dtype=dtype)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device, which this test wants to be absent")
 def test_an_absent_device_is_named(saved: Path) -> None:
     with pytest.raises(RuntimeError, match=r"device 'cuda' .* not available .* device='cpu'"):

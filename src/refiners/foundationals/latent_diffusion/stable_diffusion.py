@@ -78,13 +78,17 @@ class StableDiffusion(TextToImage, Generic[TextEncoder]):
         dtype: None for torch's default, whatever the files hold. An autoencoder that needs float32 is not in float16.
         revision: a branch, tag or commit of a repository.
         spec: the sizes; None takes them from a folder's configuration, and for a single file those of this class.
-        Raises ValueError for files that are damaged or of another model, FileNotFoundError if there are none.
+        Raises ValueError for files that are damaged or of another model, or for a `dtype` that cannot compute,
+        FileNotFoundError if there are no files.
         """
+        dtype = dtype or torch.get_default_dtype()
+        if dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+            raise ValueError(f"a model computes in torch.float32, torch.float16 or torch.bfloat16, not in {dtype!r}")
         source = pretrained.find_source(where, revision)
         spec = spec or source.spec(cls.known_specs())
         model = cls.class_for(spec, str(where))(device="meta", spec=spec)
         tensors = source.read(spec, {name: tensor.shape for name, tensor in model.state_dict().items()})
-        pretrained.fill(model, spec, tensors, torch.device(device or "cpu"), dtype or torch.get_default_dtype())
+        pretrained.fill(model, spec, tensors, torch.device(device or "cpu"), dtype)
         return model
 
     @classmethod
