@@ -63,6 +63,10 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
         {"scheduler": {"scheduler_type": "cosine", "gamma": 0.5}},
         'gamma = 0.5 means nothing with scheduler_type = "cosine"',
     ),
+    "two rates for one that finds its own": (
+        {"optimizer": {"optimizer": "Prodigy", "learning_rate": 1.0, "text_encoder_learning_rate": 0.5}},
+        "Prodigy finds one rate for all, but text_encoder_learning_rate = 0.5 and learning_rate = 1.0; leave the first",
+    ),
     "no device": ({"training": {"device": ""}}, "training.device = ''"),
 }
 RECIPE_MISTAKES: dict[str, tuple[str, dict[str, Any], str]] = {
