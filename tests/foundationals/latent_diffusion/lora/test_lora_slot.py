@@ -59,6 +59,33 @@ def test_each_lora_in_the_slot_is_as_if_it_were_added_alone(sd: StableDiffusion_
     assert all(torch.equal(one, other) for one, other in zip(outputs(sd), base, strict=True))
 
 
+def test_nothing_of_an_earlier_lora_comes_back_with_a_scale(sd: StableDiffusion_1, files: dict[str, Path]) -> None:
+    base = outputs(sd)
+    with sd.loras.applied(files["text"], scale=0.4):
+        expected = outputs(sd)
+    slot = sd.loras.reserve(rank=4)
+    slot.load(files["all"])
+    slot.load(files["text"])
+    sd.loras.set_scale("slot", 0.4)
+    assert errors(outputs(sd), expected) < 1e-5
+    slot.clear()
+    sd.loras.set_scale("slot", 2.0)
+    assert errors(outputs(sd), base) < 1e-6
+
+
+def test_a_slot_that_is_off_the_model_takes_no_lora(sd: StableDiffusion_1, files: dict[str, Path]) -> None:
+    slot = sd.loras.reserve(rank=4)
+    slot.load(files["all"])
+    merged = sd.loras.merge("slot")
+    with pytest.raises(RuntimeError, match="slot 'slot' is not on the model any more: reserve another, or unmerge"):
+        slot.load(files["text"])
+    merged.unmerge()
+    assert slot.load(files["text"]).attached
+    sd.loras.clear()
+    with pytest.raises(RuntimeError, match="slot 'slot' is not on the model any more"):
+        slot.load(files["text"])
+
+
 def test_a_slot_can_be_scaled_merged_and_stacked_like_any_other(sd: StableDiffusion_1, files: dict[str, Path]) -> None:
     sd.loras.add(files["all"], scale=0.5)
     sd.loras.add(files["attention"], scale=-0.7)

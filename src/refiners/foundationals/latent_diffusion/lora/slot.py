@@ -1,5 +1,6 @@
 """A place for one LoRA after another on a model that may be compiled: what is swapped is values, never the tree."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,20 +27,26 @@ class LoraSlot:
         self.rank = rank
         self._model = model
         self._loras: dict[str, Lora[Any]] = {}
+        self._adapters: list[LoraAdapter] = []
+        self._held: set[str] = set()  # the paths of the layers that the LoRA in it is on
         with transaction():
             for path, layer in find_layers(model).items():
                 if isinstance(layer.module, nn.Linear | nn.Conv2d):
                     target = cast(Any, layer.module)
                     lora: Lora[Any] = lora_class(target).for_layer(target, name, rank, 0.0)
-                    LoraAdapter(target, lora).inject(layer.parent)
+                    self._adapters.append(LoraAdapter(target, lora).inject(layer.parent))
                     self._loras[path] = lora
 
     def load(self, lora: Path | str | LoraWeights, scale: Scale = 1.0, strict: bool = True) -> LoraReport:
         """Put a LoRA in the place of the one that is there, all or nothing, and say what was done.
 
         Raises ValueError as `LoraWeights.patch`, and if a rank is above that of the slot, or an update is no LoRA;
-        TypeError if the scale is no number.
+        TypeError if the scale is no number; RuntimeError if the slot was removed from the model or merged.
         """
+        if not all(adapter._is_injected for adapter in self._adapters):
+            raise RuntimeError(
+                f"the slot {self.name!r} is not on the model any more: reserve another, or unmerge it if it was merged"
+            )
         kept = checked_scale(scale)
         weights = lora if isinstance(lora, LoraWeights) else LoraWeights(lora)
         contents = weights.read_for(self._model, strict)
@@ -47,20 +54,30 @@ class LoraSlot:
             self._check(weights.file.path, update)
         updates = {update.place.path: update for update in contents.updates}
         factors = {path: self._placed(weights.file.path, update) for path, update in updates.items()}
-        for path, own in self._loras.items():
-            if path in updates:
-                _fill(own, *factors[path])
-                own.set_alpha(updates[path].strength * self.rank)
-                own.scale = kept
-            elif own.scale != 0.0:
-                own.scale = 0.0
+        self._empty(self._loras.keys() - updates.keys())
+        for path, update in updates.items():
+            own = self._loras[path]
+            _fill(own, *factors[path])
+            own.set_alpha(update.strength * self.rank)
+            own.scale = kept
+        self._held = set(updates)
         attached = tuple(attached_update(update, self._loras[path].dtype) for path, update in updates.items())
         return LoraReport(str(weights.file.path), self.name, attached, contents.left_out)
 
     def clear(self) -> None:
         """Leave the slot empty: the model is as it was without it, up to rounding."""
-        for lora in self._loras.values():
-            lora.scale = 0.0
+        self._empty(self._loras.keys())
+
+    @torch.no_grad()
+    def _empty(self, paths: Iterable[str]) -> None:
+        """Take the LoRA off layers for good: a scale that is set later brings nothing of it back."""
+        for path in paths:
+            own = self._loras[path]
+            if path in self._held:
+                own.up.weight.zero_()
+            if own.scale != 0.0:
+                own.scale = 0.0
+        self._held -= set(paths)
 
     def _check(self, path: Path, update: LoraUpdate) -> None:
         if update.shown_kind is not Kind.LORA:
