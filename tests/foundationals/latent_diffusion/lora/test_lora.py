@@ -1,7 +1,6 @@
 """LoRA files as peft and diffusers write them today: the patched model computes what theirs computes."""
 
 import json
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,40 +13,21 @@ from lora_specimens import (
     assert_changed,
     assert_same,
     kohya_tensors,
-    load_both,
     merge,
     outputs,
     random_factors,
     their_outputs,
     write,
 )
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from torch import nn
 
 from refiners.adapters.lora import LoraAdapter
 from refiners.foundationals.latent_diffusion.lora import LoraWeights
 from refiners.weights.files import read_metadata
 
-with warnings.catch_warnings():  # what others deprecate is not ours to fix
-    warnings.simplefilter("ignore")
-    from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
-
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:`is_gradient_checkpointing`:FutureWarning"
-)  # peft's use of transformers
-
 UNET_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "proj_in", "conv1", "conv_shortcut", "conv2"]
 TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
-
-
-@pytest.fixture(autouse=True)
-def old_peft(monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers asks for a newer peft than there is here; what is used of it is in this one too."""
-    monkeypatch.setattr("transformers.integrations.peft.MIN_PEFT_VERSION", "0.20.0")
-
-
-@pytest.fixture
-def models() -> Models:
-    return load_both()
 
 
 def configs(**options: Any) -> dict[str, Any]:

@@ -39,11 +39,6 @@ FULL_RANK = 999
 TO_V = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_v"
 
 
-@pytest.fixture
-def models() -> Models:
-    return load_both()
-
-
 def is_some(component: str, name: str) -> bool:
     """Attention of both trees, and convolutions of two kinds."""
     return name.endswith(("to_q", "to_out.0", "v_proj", "conv1", "conv_shortcut"))

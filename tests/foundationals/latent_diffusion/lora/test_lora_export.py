@@ -3,7 +3,6 @@
 import json
 import runpy
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from lora_specimens import (
     their_outputs,
     write,
 )
+from peft import PeftModel
 from torch import nn
 
 import refiners.fluxion.layers as fl
@@ -34,25 +34,7 @@ from refiners.foundationals.latent_diffusion.lora import (
 )
 from refiners.weights.files import read_safetensors
 
-with warnings.catch_warnings():  # what others deprecate is not ours to fix
-    warnings.simplefilter("ignore")
-    from peft import PeftModel
-
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:`is_gradient_checkpointing`:FutureWarning"
-)  # peft's use of transformers
 FORMATS = ["kohya", "diffusers", "peft"]
-
-
-@pytest.fixture(autouse=True)
-def old_peft(monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers asks for a newer peft than there is here; what is used of it is in this one too."""
-    monkeypatch.setattr("transformers.integrations.peft.MIN_PEFT_VERSION", "0.20.0")
-
-
-@pytest.fixture
-def models() -> Models:
-    return load_both()
 
 
 def patched(models: Models, tmp_path: Path, **options: Any) -> LoraWeights:

@@ -152,11 +152,6 @@ def tensors_in(form: str, pipeline: Any) -> tuple[dict[str, Tensor], list[Factor
     return tensors, factors
 
 
-@pytest.fixture
-def models() -> Models:
-    return load_both()
-
-
 @pytest.mark.parametrize("form", FORMS)
 def test_a_file_does_what_its_merged_weights_do(models: Models, tmp_path: Path, form: str) -> None:
     ours, theirs = models

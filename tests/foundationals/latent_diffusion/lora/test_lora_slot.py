@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from lora_specimens import kohya_tensors, load_both, load_ours, outputs, random_factors, write
+from lora_specimens import kohya_tensors, load_both, outputs, random_factors, write
 from torch import Tensor
 
 from refiners.foundationals.latent_diffusion import StableDiffusion_1
@@ -29,13 +29,6 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         stem: write(folder / f"{stem}.safetensors", kohya_tensors(random_factors(theirs, choice, rank)))
         for stem, (choice, rank) in FILES.items()
     }
-
-
-@pytest.fixture
-def sd() -> StableDiffusion_1:
-    ours, _ = load_both()
-    whole = load_ours()
-    return StableDiffusion_1(ours.unet, whole.lda, ours.clip_text_encoder, spec=whole.spec)
 
 
 def errors(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> float:

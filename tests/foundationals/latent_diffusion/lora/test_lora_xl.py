@@ -1,7 +1,5 @@
 """LoRA files on Stable Diffusion XL: written by diffusers and by peft, in kohya's, ComfyUI's and OneTrainer's names."""
 
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +10,7 @@ from diffusers import StableDiffusionXLPipeline
 from diffusers.training_utils import _collate_lora_metadata
 from diffusion_specimens import small_folder, small_model
 from lora_specimens import write
+from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -26,14 +25,6 @@ from refiners.foundationals.latent_diffusion.lora import (
 )
 from refiners.foundationals.latent_diffusion.lora.places import find_layers, places_of
 
-with warnings.catch_warnings():  # what others deprecate is not ours to fix
-    warnings.simplefilter("ignore")
-    from peft import LoraConfig, get_peft_model_state_dict
-
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:`is_gradient_checkpointing`:FutureWarning"
-)  # peft's use of transformers
-
 TARGETS = {
     "unet": ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out", "conv1"],
     "text_encoder": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
@@ -44,14 +35,6 @@ TARGETS = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small_folder(tmp_path_factory.mktemp("model") / "sdxl", StableDiffusion_XL)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def old_peft() -> Iterator[None]:
-    """transformers asks for a newer peft than there is here; what is used of it is in this one too."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("transformers.integrations.peft.MIN_PEFT_VERSION", "0.20.0")
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from typing import Any, cast
 import numpy
 import pytest
 import torch
-from lora_specimens import kohya_tensors, load_both, load_ours, random_factors, write
+from lora_specimens import kohya_tensors, load_both, random_factors, write
 from torch import Tensor
 
 from refiners.adapters.lora import LoraAdapter
@@ -34,13 +34,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             tensors["lora_unet_conv_norm_out.w_norm"] = 0.3 * torch.randn(theirs.unet.conv_norm_out.weight.shape)
         write(folder / f"{stem}.safetensors", tensors)
     return folder
-
-
-@pytest.fixture
-def sd() -> StableDiffusion_1:
-    ours, _ = load_both()
-    whole = load_ours()
-    return StableDiffusion_1(ours.unet, whole.lda, ours.clip_text_encoder, spec=whole.spec)
 
 
 def picture(sd: StableDiffusion_1, count: int = 1) -> Tensor:
