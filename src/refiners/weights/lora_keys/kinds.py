@@ -76,6 +76,8 @@ _PARTS: dict[str, tuple[Kind | None, str]] = {
     "oft_R.*.weight": (Kind.OFT, "blocks"),
     "rescale": (Kind.OFT, "rescale"),
     "oft_terms": (Kind.OFT, "terms"),  # ours, as peft has it in its settings
+    "ln_tuning_layers.weight": (Kind.WHOLE, "weight"),
+    "ln_tuning_layers.bias": (Kind.WHOLE, "bias"),
     "modules_to_save.*.weight": (Kind.WHOLE, "weight"),
     "modules_to_save.*.bias": (Kind.WHOLE, "bias"),
     "set_weight": (Kind.WHOLE, "weight"),

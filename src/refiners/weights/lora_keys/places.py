@@ -81,6 +81,7 @@ class Place:
     shape: of its weight.
     names: what others call it, without the component; the first is diffusers' or transformers', the second the
         original one.
+    has_bias: whether it has one besides its weight.
     """
 
     component: Component
@@ -88,6 +89,7 @@ class Place:
     layer: str
     shape: tuple[int, ...]
     names: tuple[str, ...]
+    has_bias: bool = False
 
     @property
     def dotted_name(self) -> str:

@@ -35,6 +35,7 @@ class Settings:
     peft_type: what peft calls this kind of adapter; None where the settings are not peft's.
     first_rank: of an AdaLoRA, whose layers began with this rank and keep its strength; else 0.
     on_inputs: ends of the names of layers whose inputs an (IA)^3 scales.
+    has_biases: whether biases of the model were trained as well.
     """
 
     alpha: float | None
@@ -47,6 +48,7 @@ class Settings:
     peft_type: str | None = None
     first_rank: float = 0.0
     on_inputs: tuple[str, ...] = ()
+    has_biases: bool = False
 
     def alpha_of(self, name: str, rank: int | float) -> float:
         """The alpha for alpha / rank, the rank if none is said; name: of the layer, with dots, as in the model."""
@@ -105,6 +107,7 @@ def _settings(where: str, values: dict[str, object]) -> Settings:
         peft_type=_text(where, "peft_type", values.get("peft_type")),
         first_rank=_first_rank(where, values),
         on_inputs=_on_inputs(where, values.get("feedforward_modules")),
+        has_biases=_text(where, "bias", values.get("bias")) not in (None, "none"),
     )
 
 

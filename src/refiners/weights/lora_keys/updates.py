@@ -1,7 +1,7 @@
 """From the tensors of a file to the updates of layers, by name: every key gets a place, or a reason why not."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -40,6 +40,7 @@ _RANK_FIRST: dict[Kind, tuple[str, ...]] = {
 }
 # What a layer may have besides an update of another kind: changes of its own, of the bias for the most part.
 _COMPANIONS = (Kind.DIFFERENCE, Kind.NORM, Kind.WHOLE)
+_STRANGE = (Kind.VERA, Kind.CUSTOM)  # whose keys name no layer
 _WITH_ALPHA = (*_RANK_FIRST, Kind.OFT)  # that of an OFT is its constraint
 _COUNTS = ("on_input", "terms")  # parts that are whole numbers
 _MOST = 100  # that they can be: what they count is worked out as often
@@ -123,6 +124,7 @@ def parse_updates(tensors: Mapping[str, Tensor], settings: Mapping[str, Settings
             updates += found
             used |= keys
         left_out += [LeftOut(key, reason) for key in group.keys.values() if key not in used]
+    left_out += _lost_biases(updates, settings)
     if not settings and all(update.kind is Kind.WHOLE for update in updates):  # a model, or a part of one
         keys = [key for group in groups.values() for key in group.of(Kind.WHOLE).values()]
         return LoraContents((), (*left_out, *(LeftOut(key, "whole weights alone are no adapter") for key in keys)))
@@ -163,7 +165,7 @@ def _kinds_of(group: _Group) -> tuple[list[Kind], str]:
         strange = next((kind for kind in others if kind not in _NEEDED), None)
         if strange is None:
             return kinds, f"{group.name!r} has parts of several kinds of updates: {', '.join(others)}"
-        return kinds, f"{strange} is a kind of update that cannot be loaded"
+        return kinds, _cannot_load(strange)
     if not others:
         return kinds, f"{group.name!r} has no weights in this file that this could belong to"
     (kind,) = others
@@ -181,18 +183,37 @@ def _kinds_with(kind: Kind) -> tuple[Kind, ...]:
     return (kind, Kind.DORA) if kind in (Kind.LORA, Kind.EMBEDDING, Kind.LOHA, Kind.LOKR) else (kind,)
 
 
+def _lost_biases(updates: Iterable[LoraUpdate], settings: Mapping[str, Settings]) -> Iterator[LeftOut]:
+    """The biases that were trained and are not in the file, as peft saves them for `bias="all"` of a LoRA alone."""
+    whole = {update.place for update in updates if update.kind is Kind.WHOLE and "bias" in update.tensors}
+    for update in updates:
+        own, place = _settings_for(update.place, settings), update.place
+        if own is not None and own.has_biases and place.has_bias and place not in whole and update.kind in _NEEDED:
+            yield LeftOut(f"{update.name}.bias", "it was trained, as the settings say, but peft has left it out")
+
+
+def _settings_for(place: Place, settings: Mapping[str, Settings]) -> Settings | None:
+    return settings.get(place.component.dotted[0].removesuffix("."), settings.get(""))
+
+
 def _explain(key: str, found: Key | None, settings: Mapping[str, Settings], places: Places, can_look: bool) -> LeftOut:
     if found is None:
         strange = strange_types(settings)
         of_peft = f", and peft's {' and '.join(strange)} cannot be loaded" if strange else ""
         return LeftOut(key, f"it ends in no part of any known kind of update{of_peft}")
+    if found.kind is not None and found.kind in _STRANGE:
+        return LeftOut(key, _cannot_load(found.kind))
     return LeftOut(key, "no layer of this model has this name", places.nearest(found.layer) if can_look else None)
 
 
 def strange_types(settings: Mapping[str, Settings]) -> list[str]:
     """What peft calls adapters of these settings, where it is a kind that cannot be loaded."""
     types = {own.peft_type for own in settings.values() if own.peft_type is not None}
-    return sorted(types - {"LORA", "ADALORA", "LOHA", "LOKR", "OFT", "BOFT", "IA3"})
+    return sorted(types - {"LORA", "ADALORA", "LOHA", "LOKR", "OFT", "BOFT", "IA3", "LN_TUNING"})
+
+
+def _cannot_load(kind: Kind) -> str:
+    return f"{kind} is a kind of update that cannot be loaded"
 
 
 def _updates_of(
@@ -206,10 +227,12 @@ def _updates_of(
     if alpha_key is not None and kind in _WITH_ALPHA:
         alpha = alpha_of(alpha_key, tensors[alpha_key])
         used.add(alpha_key)
-    own = settings.get(place.component.dotted[0].removesuffix("."), settings.get(""))
+    own = _settings_for(place, settings)
     name = place.names[0].removeprefix(place.component.hidden)
     if alpha is None and rank is not None:
         alpha = float(rank) if own is None else _single(own.alpha_of(name, rank))
+    if kind is Kind.GLORA and own is not None and own.is_rank_stabilised and alpha is not None and rank:
+        alpha = _single(alpha * math.sqrt(rank))  # that of the other kinds is written so by LyCORIS
     parts = as_of_lycoris(kind, parts, keys, own, name, alpha)
     if kind is Kind.ADALORA and rank == 0:  # its training has found the layer to need none
         return [], used

@@ -16,6 +16,7 @@ from peft import (
     AdaLoraConfig,
     BOFTConfig,
     IA3Config,
+    LNTuningConfig,
     LoHaConfig,
     LoKrConfig,
     LoraConfig,
@@ -146,6 +147,10 @@ PEFT |= {
 # What our files hold as differences: they compute the same, and are not the same bit by bit.
 WHOLE: dict[str, tuple[Callable[[list[str]], Any], dict[str, list[str]]]] = {
     "LoRA and all biases": (lambda names: LoraConfig(r=3, lora_alpha=5, bias="all", target_modules=names), ALL),
+    "norms": (
+        lambda names: LNTuningConfig(target_modules=names),
+        {"unet": ["norm1", "conv_norm_out"], "text_encoder": ["layer_norm1"]},
+    ),
     "LoRA and whole layers": (
         lambda names: LoraConfig(r=3, target_modules=names[:2], modules_to_save=names[2:]),
         {"unet": ["to_q", "proj_in", "conv_out", "norm1"], "text_encoder": ["q_proj", "fc1", "final_layer_norm"]},

@@ -144,6 +144,9 @@ def test_other_kinds_of_updates_are_named_and_never_dropped(
 def test_a_file_with_nothing_to_attach(models: Models, tmp_path: Path) -> None:
     path = write(tmp_path / "a.safetensors", {f"{FIRST}.hada_w1_a": torch.ones(2)})
     refused(models, path, "has no w1_b and no w2_a and no w2_b in this file", strict=False)
+    custom = {"unet.mid_block.attn2.processor.to_k_custom_diffusion.weight": torch.ones(2, 2)}
+    message = "Custom Diffusion is a kind of update that cannot be loaded"
+    refused(models, write(tmp_path / "a.safetensors", custom), message)
     refused(models, write(tmp_path / "b.safetensors", {}), "unknown content; nothing of it can be attached")
     checkpoint = {
         key: torch.ones(1) for key in ("down_blocks.0.a", "up_blocks.0.a", "mid_block.a", "time_embedding.linear_1.a")

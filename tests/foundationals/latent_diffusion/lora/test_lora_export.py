@@ -163,6 +163,20 @@ def test_what_no_file_can_hold_is_refused(models: Models, tmp_path: Path) -> Non
         export_lora(ours, "odd")
 
 
+@pytest.mark.parametrize("form", ["diffusers", "peft"])
+def test_a_mix_of_lora_and_dora_is_refused_where_an_adapter_is_all_the_one_or_the_other(
+    models: Models, tmp_path: Path, form: str
+) -> None:
+    ours, theirs = models
+    tensors = kohya_tensors(random_factors(theirs, lambda component, name: name.endswith("attn1.to_q")))
+    name = next(iter(tensors)).partition(".")[0]
+    tensors[f"{name}.dora_scale"] = torch.ones(len(tensors[f"{name}.lora_up.weight"]), 1)
+    source = write(tmp_path / "a.safetensors", tensors)
+    with pytest.raises(ValueError, match=r"is no DoRA, that of unet\..* is one, and peft has all or none: peft cannot"):
+        convert_lora(source, tmp_path / "b", ours, form)
+    assert not (tmp_path / "b").exists()
+
+
 def test_values_out_of_range_of_half_precision_are_refused(models: Models, tmp_path: Path) -> None:
     ours, theirs = models
     factors = random_factors(theirs, lambda component, name: name == "conv_in")

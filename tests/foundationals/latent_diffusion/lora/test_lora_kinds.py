@@ -72,9 +72,12 @@ def test_files_of_the_wrapper_of_lycoris(models: Models, tmp_path: Path, compone
     assert len(report.attached) == len(network.loras) and not report.left_out
 
 
-def test_a_rank_stabilised_lokr_of_whole_matrices_is_as_strong_as_in_training(models: Models, tmp_path: Path) -> None:
-    source = lycoris_file(models[1], tmp_path / "a.safetensors", {"algo": "lokr", "full_matrix": True, "rs_lora": True})
-    assert assert_computes_the_same(models, source) == {Kind.LOKR}
+@pytest.mark.parametrize("options", [{"algo": "lokr", "full_matrix": True}, {"algo": "glora"}])
+def test_rank_stabilised_updates_are_as_strong_as_in_training(
+    models: Models, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    source = lycoris_file(models[1], tmp_path / "a.safetensors", options | {"rs_lora": True})
+    assert_computes_the_same(models, source)
     save_lora(tmp_path / "b.safetensors", models[0])
     fresh, _ = load_both()
     LoraWeights(tmp_path / "b.safetensors").patch(fresh)

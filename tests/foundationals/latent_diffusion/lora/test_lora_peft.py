@@ -8,7 +8,16 @@ import torch
 from diffusers import StableDiffusionPipeline
 from lora_specimens import Models, assert_changed, assert_same, load_both, outputs, their_outputs, write
 from peer_files import ALL, PEFT, WHOLE, assert_computes_the_same, peft_folder, peft_outputs, randomise
-from peft import AdaLoraConfig, HRAConfig, LoraConfig, get_peft_model, get_peft_model_state_dict
+from peft import (
+    AdaLoraConfig,
+    FourierFTConfig,
+    HRAConfig,
+    LoraConfig,
+    PeftModel,
+    VeraConfig,
+    get_peft_model,
+    get_peft_model_state_dict,
+)
 
 from refiners.foundationals.latent_diffusion.lora import (
     LoraWeights,
@@ -39,7 +48,8 @@ def test_peft_computes_the_same_and_our_files_do_too(models: Models, tmp_path: P
 def test_biases_and_whole_layers_of_peft_compute_the_same(models: Models, tmp_path: Path, kind: str) -> None:
     source = peft_folder(models[1], tmp_path / "a", kind)
     kinds = assert_computes_the_same(models, source)
-    assert kinds == {Kind.LORA, Kind.DIFFERENCE if kind == "LoRA with biases" else Kind.WHOLE}
+    bias = Kind.DIFFERENCE if kind == "LoRA with biases" else Kind.WHOLE
+    assert kinds == ({bias} if kind == "norms" else {Kind.LORA, bias})
     save_lora(tmp_path / "b.safetensors", models[0])
     fresh, _ = load_both()
     before = outputs(fresh)
@@ -82,13 +92,50 @@ def test_the_weights_of_a_peft_folder_stand_for_all_of_it(models: Models, tmp_pa
         weights.eject()
 
 
-def test_an_adapter_of_peft_that_is_of_no_known_kind_is_called_by_its_type(models: Models, tmp_path: Path) -> None:
+STRANGE: dict[str, tuple[Any, str]] = {
+    "FOURIERFT": (FourierFTConfig(n_frequency=20, target_modules=["to_q"]), "and peft's FOURIERFT cannot be loaded"),
+    "HRA": (HRAConfig(r=4, target_modules=["to_q"]), "and peft's HRA cannot be loaded"),
+    "VERA": (VeraConfig(r=4, target_modules=["to_q"]), "VeRA is a kind of update that cannot be loaded"),
+}
+
+
+@pytest.mark.parametrize("kind", STRANGE)
+def test_an_adapter_of_peft_that_is_of_no_known_kind_is_called_by_its_type(
+    models: Models, tmp_path: Path, kind: str
+) -> None:
     ours, theirs = models
-    get_peft_model(theirs.unet, HRAConfig(r=4, target_modules=["to_q"])).save_pretrained(tmp_path / "a")
-    with pytest.raises(ValueError, match="a is an adapter of peft's HRA; nothing of it can be attached"):
-        LoraWeights(tmp_path / "a").patch(ours)
+    config, reason = STRANGE[kind]
+    get_peft_model(theirs.unet, config).save_pretrained(tmp_path / "a")
+    message = f"a is an adapter of peft's {kind}, a kind that cannot be loaded: merge it into its model with peft, and"
+    for strict in (True, False):
+        with pytest.raises(ValueError, match=message):
+            LoraWeights(tmp_path / "a").patch(ours, strict=strict)
     text = str(inspect_lora(tmp_path / "a", ours))
-    assert "  peft's HRA, which cannot be loaded" in text and "and peft's HRA cannot be loaded" in text
+    assert f"  peft's {kind}, which cannot be loaded" in text and reason in text
+
+
+@pytest.mark.parametrize("is_old", [True, False])
+def test_biases_that_peft_has_trained_are_read_or_missed(models: Models, tmp_path: Path, is_old: bool) -> None:
+    ours, theirs = models
+    torch.manual_seed(0)
+    config = LoraConfig(r=3, lora_alpha=5, bias="lora_only", target_modules=["to_q", "to_out.0"])
+    adapted: Any = get_peft_model(theirs.unet, config)
+    randomise(parameter for parameter in adapted.parameters() if parameter.requires_grad)
+    adapted.eval().save_pretrained(tmp_path)
+    biases = {key: bias for key, bias in adapted.state_dict().items() if key.endswith("to_out.0.base_layer.bias")}
+    if is_old:  # when its layers were those of the base themselves, peft saved these as well
+        tensors = read_safetensors(tmp_path / "adapter_model.safetensors")
+        tensors |= {key.replace("base_layer.", ""): bias for key, bias in biases.items()}
+        write(tmp_path / "adapter_model.safetensors", tensors)
+        assert not LoraWeights(tmp_path).patch(ours).left_out
+    else:
+        message = rf"{len(biases)} of .*, the first is .*\.to_out\.0\.bias': it was trained, as the settings say, but"
+        with pytest.raises(ValueError, match=message):
+            LoraWeights(tmp_path).patch(ours)
+        assert len(LoraWeights(tmp_path).patch(ours, strict=False).left_out) == len(biases)
+        _, theirs = load_both()
+        PeftModel.from_pretrained(theirs.unet, str(tmp_path))
+    assert_same(outputs(ours), their_outputs(theirs))
 
 
 def test_a_whole_model_is_no_adapter(models: Models, tmp_path: Path) -> None:

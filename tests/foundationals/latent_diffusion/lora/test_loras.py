@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import re
 from pathlib import Path
 from typing import Any, cast
 
@@ -300,6 +301,17 @@ def test_an_unknown_name_is_an_error_that_says_what_there_is(sd: StableDiffusion
     with pytest.raises(KeyError, match="no LoRA 'stile' on this model; there are: style"):
         call(sd.loras)
     assert torch.equal(picture(sd), before)
+
+
+@pytest.mark.parametrize("name", ["", "style (difference)"])
+def test_a_name_can_be_told_from_those_of_differences(sd: StableDiffusion_1, folder: Path, name: str) -> None:
+    with pytest.raises(ValueError, match=f"a LoRA cannot be called '{re.escape(name)}': give it a name that"):
+        sd.loras.add(folder / "style.safetensors", name=name)
+    file = (folder / "style.safetensors").rename(folder / "style (difference).safetensors")
+    with sd.loras.applied(file) as report:
+        assert list(sd.loras) == [report.name] == ["style"]
+    file.rename(folder / "style.safetensors")
+    assert not len(sd.loras)
 
 
 def test_a_name_is_taken_once(sd: StableDiffusion_1, folder: Path) -> None:

@@ -126,7 +126,8 @@ def _layers(component: Component, above: str, tree: Chain, names: tuple[Names, .
         theirs = [name for name in (_their_name(path, rules) for rules in names) if name]
         if theirs:
             shape = tuple(cast(Any, module).weight.shape)
-            place = Place(component, f"{above}.{path}", _kind(module), shape, tuple(theirs))
+            has_bias = module._parameters.get("bias") is not None
+            place = Place(component, f"{above}.{path}", _kind(module), shape, tuple(theirs), has_bias)
             yield Layer(place, module, parents[id(module)])
 
 

@@ -139,10 +139,14 @@ class LoraWeights:
         identity = identify({key: tuple(tensor.shape) for key, tensor in tensors.items()})
         _check_family(path, identity, model)
         contents = assign_updates(self.file, model, layers)
+        strange = strange_types(self.file.settings)
+        if not contents.updates and strange:
+            raise ValueError(
+                f"{path} is an adapter of peft's {' and '.join(strange)}, a kind that cannot be loaded: merge it into "
+                "its model with peft, and extract a LoRA from that"
+            )
         if not contents.updates and identity.content is not Content.LORA:
-            strange = strange_types(self.file.settings)
-            what = f"an adapter of peft's {' and '.join(strange)}" if strange else f"no LoRA but {identity}"
-            raise ValueError(f"{path} is {what}; nothing of it can be attached")
+            raise ValueError(f"{path} is no LoRA but {identity}; nothing of it can be attached")
         if contents.left_out and (strict or not contents.updates):
             count, first = len(contents.left_out), contents.left_out[0]
             advice = f"; {_ADVICE}" if contents.updates else ""
@@ -223,9 +227,12 @@ def _values(path: Path, updates: tuple[LoraUpdate, ...]) -> Iterator[tuple[str, 
 
 def _free_name(wanted: str | None, stem: str, taken: set[str]) -> str:
     if wanted is not None:
+        if not wanted or wanted != file_name(wanted):
+            raise ValueError(f"a LoRA cannot be called {wanted!r}: give it a name that does not end in {_DIFFERENCE!r}")
         if wanted in taken:
             raise ValueError(f"there is a LoRA {wanted!r} on this model already: give this one another name")
         return wanted
+    stem = file_name(stem) or "lora"  # a folder given as "." has none
     number, name = 1, stem
     while name in taken:
         number += 1
