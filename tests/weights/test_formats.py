@@ -94,6 +94,7 @@ NAMED: dict[str, tuple[Shapes, Content, str, Family | None]] = {
         Family.SD1,
     ),
     "numbered": ({"unet.000": (4, 320), "unet.001": (320, 4)}, Content.LORA, "the first Refiners", None),
+    "OFT": ({"oft_unet_middle_block_1_proj_in.oft_blocks": (4, 8, 8)}, Content.LORA, "kohya", None),
     "LoHa": ({"lora_te2_text_model_a.hada_w1_a": (4, 8)}, Content.LORA, "kohya", Family.SDXL),
     "A1111 embedding": ({"emb_params": (4, 768)}, Content.TEXTUAL_INVERSION, "A1111", Family.SD1),
     "diffusers' embedding": ({"<cat-toy>": (1024,)}, Content.TEXTUAL_INVERSION, "diffusers", Family.SD2),

@@ -86,6 +86,7 @@ SPELLINGS = {
     "mid_block.attentions.0.to_q": LINEAR,
     "lora_unet_mid_block_attentions_0_to_q": LINEAR,
     "lora_unet_middle_block_1_to_q": LINEAR,
+    "oft_unet_middle_block_1_to_q": LINEAR,
     "diffusion_model.middle_block.1.to_q": LINEAR,
     "base_model.model.mid_block.attentions.0.to_q": LINEAR,
     "unet.base_model.model.mid_block.attentions.0.to_q": LINEAR,

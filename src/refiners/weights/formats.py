@@ -123,7 +123,7 @@ _SIGNATURES = (
 )
 _LORA_FORMS = (
     ("the first Refiners", r"(unet|text_encoder|lda)\.\d{3,}$"),
-    ("kohya", r"lora_(unet|te\d?|transformer)_"),
+    ("kohya", r"(lora_(unet|te\d?|transformer)|oft_unet)_"),
     ("LyCORIS", r"lycoris_"),
     ("OneTrainer", r"(lora_unet|lora_te\d?)\."),
     ("diffusers' attention processors", r".*\.processor\."),

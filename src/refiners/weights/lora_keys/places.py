@@ -42,7 +42,7 @@ class Component:
 UNET = Component(
     "unet",
     dotted=("unet.", "lora_unet.", "diffusion_model.", "model.diffusion_model.", ""),
-    flat=("lora_unet_", "lycoris_"),
+    flat=("lora_unet_", "lycoris_", "oft_unet_"),  # the last in kohya's own OFT
 )
 CLIP_TEXT_ENCODER = Component(
     "clip_text_encoder",

@@ -186,7 +186,9 @@ JSON = st.recursive(
 )
 SETTINGS_TEXT = st.builds(
     with_setting,
-    st.sampled_from(["lora_alpha", "alpha_pattern", "use_rslora", "init_lora_weights", "peft_type", "unet.lora_alpha"]),
+    st.sampled_from(
+        ["lora_alpha", "alpha_pattern", "use_rslora", "init_lora_weights", "peft_type", "unet.lora_alpha", "bias"]
+    ),
     JSON | st.dictionaries(st.text(max_size=9), JSON, max_size=2),
 )
 
