@@ -13,7 +13,7 @@ from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariable
 from torch import Tensor
 
 from refiners.weights.devices import check_is_available
-from refiners.weights.header import DTYPES, bits_per_value, read_header
+from refiners.weights.header import DTYPES, Header, TensorInfo, bits_per_value, read_header
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -31,16 +31,47 @@ def read_with_metadata(
     path: Path | str, device: torch.device | str = "cpu"
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """As `read_safetensors`, and the metadata of the file, {} if it has none."""
-    metadata = read_header(path).metadata
+    header = read_header(path)
     check_is_available(device)
-    place = torch.device(device)
+    if torch.device(device).type == "cpu":
+        return _mapped(path, header), header.metadata
     try:
-        tensors = load_file(path, device="cpu" if place.type == "cpu" else str(place))  # it knows no "cpu:0"
-        return tensors, metadata
+        return load_file(path, device=str(device)), header.metadata
     except SafetensorError as error:
         raise ValueError(
             f"{path}: safetensors cannot read this onto device {str(device)!r} ({error}); check the device and the file"
         ) from error
+
+
+def _mapped(path: Path | str, header: Header) -> dict[str, Tensor]:
+    """The tensors as they lie in the file, each with a storage of its own.
+
+    Not by safetensors' own reader, whose release 0.8.0 never frees two numbers of each tensor.
+    """
+    size = header.end + sum(info.nbytes for info in header.tensors.values())
+    content = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8).numpy()  # holds no file open
+    tensors: dict[str, Tensor] = {}
+    for name, info in header.tensors.items():
+        dtype, shape = DTYPES[info.dtype], _torch_shape(path, name, info)
+        if info.nbytes:  # of nothing there is no view
+            values = torch.frombuffer(content, dtype=torch.uint8, count=info.nbytes, offset=header.end + info.begin)
+            tensors[name] = values.view(dtype).view(shape)
+        else:
+            tensors[name] = torch.empty(shape, dtype=dtype)
+    return tensors
+
+
+def _torch_shape(path: Path | str, name: str, info: TensorInfo) -> tuple[int, ...]:
+    """The format counts 4-bit values one by one, torch counts them in pairs."""
+    per_item = 8 * DTYPES[info.dtype].itemsize // bits_per_value(info.dtype)
+    if per_item == 1:
+        return info.shape
+    if info.shape[-1] % per_item:
+        raise ValueError(
+            f"{path}: tensor {name!r} of shape {info.shape} packs {per_item} values in a byte across rows, which torch "
+            "cannot hold: save it with rows of a whole number of bytes"
+        )
+    return (*info.shape[:-1], info.shape[-1] // per_item)
 
 
 def read_metadata(path: Path | str) -> dict[str, str]:

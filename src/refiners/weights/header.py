@@ -55,18 +55,26 @@ _IMPOSTORS = {
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a header says of one tensor. dtype is the format's name, a key of `DTYPES`; F4 counts single values."""
+    """What a header says of one tensor. dtype is the format's name, a key of `DTYPES`; F4 counts single values.
+
+    begin: the first of its bytes, counted from the end of the header.
+    """
 
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
+    begin: int
 
 
 @dataclass(frozen=True)
 class Header:
-    """The contents of a file, without its tensors' values; tensors are in the header's order."""
+    """The contents of a file, without its tensors' values; tensors are in the header's order.
+
+    end: how many bytes of the file come before the tensors'.
+    """
 
     tensors: dict[str, TensorInfo]
+    end: int
     metadata: dict[str, str] = field(default_factory=dict[str, str])
 
 
@@ -82,9 +90,9 @@ def read_header(path: Path | str) -> Header:
         text = file.read(header_bytes)
     entries = _parse(path, text)
     metadata = _metadata(path, entries.pop("__metadata__", None))
-    placed = {name: _tensor(path, name, entry) for name, entry in entries.items()}
-    _check_layout(path, {name: span for name, (_, span) in placed.items()}, file_bytes - 8 - header_bytes)
-    return Header({name: info for name, (info, _) in placed.items()}, metadata)
+    tensors = {name: _tensor(path, name, entry) for name, entry in entries.items()}
+    _check_layout(path, tensors, file_bytes - 8 - header_bytes)
+    return Header(tensors, 8 + header_bytes, metadata)
 
 
 def check_is_file(path: Path | str) -> None:
@@ -160,8 +168,8 @@ def _metadata(path: Path | str, entry: object) -> dict[str, str]:
     return cast("dict[str, str]", entry)
 
 
-def _tensor(path: Path | str, name: str, entry: object) -> tuple[TensorInfo, tuple[int, int]]:
-    """One entry of the header, and where its bytes begin and end."""
+def _tensor(path: Path | str, name: str, entry: object) -> TensorInfo:
+    """One entry of the header."""
     check_name(path, name)
     values = cast("dict[str, object]", entry) if isinstance(entry, dict) else {}
     missing = [key for key in ("dtype", "shape", "data_offsets") if key not in values]
@@ -187,7 +195,7 @@ def _tensor(path: Path | str, name: str, entry: object) -> tuple[TensorInfo, tup
         raise _damaged(
             path, f"tensor {name!r} has {end - begin} bytes, but {dtype} of shape {_short(list(shape))} takes {needed}"
         )
-    return TensorInfo(dtype, shape, end - begin), (begin, end)
+    return TensorInfo(dtype, shape, end - begin, begin)
 
 
 def _counts(entry: object) -> tuple[int, ...] | None:
@@ -206,10 +214,11 @@ def _count_values(shape: tuple[int, ...]) -> int:
     return total
 
 
-def _check_layout(path: Path | str, spans: dict[str, tuple[int, int]], data_bytes: int) -> None:
+def _check_layout(path: Path | str, tensors: dict[str, TensorInfo], data_bytes: int) -> None:
     """The tensors must cover the bytes after the header exactly: inside the file, no overlap, no gap, nothing left."""
     position, previous = 0, "the header"
-    for name, (begin, end) in sorted(spans.items(), key=lambda item: item[1]):
+    spans = [(info.begin, info.begin + info.nbytes, name) for name, info in tensors.items()]
+    for begin, end, name in sorted(spans, key=lambda span: span[:2]):
         if end > data_bytes:
             raise _damaged(
                 path, f"tensor {name!r} ends at byte {end} of the data, but the file has only {data_bytes}: truncated"
