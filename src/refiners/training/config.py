@@ -115,8 +115,8 @@ class OptimizerConfig(Section):
     def _optimizer_has_them(self) -> "OptimizerConfig":
         if self.optimizer == "Prodigy" and self.text_encoder_learning_rate not in (None, self.learning_rate):
             raise ValueError(
-                f"Prodigy finds one rate for all, but text_encoder_learning_rate = {self.text_encoder_learning_rate} and "
-                f"learning_rate = {self.learning_rate}; leave the first out"
+                f"Prodigy finds one rate for all, but text_encoder_learning_rate = {self.text_encoder_learning_rate} "
+                f"and learning_rate = {self.learning_rate}; leave the first out"
             )
         checked_optimizer(self.optimizer, **self.own_settings)
         return self
