@@ -165,7 +165,7 @@ def test_like_repeats_a_picture_that_was_led(model: list[Any]) -> None:
         (["--control", "canny.safetensors:none.png"], "both files must be there"),
         (["--control", "canny.safetensors:edges.png:nan"], "finite"),
         (["--control", "edges.png:edges.png"], "edges.png"),
-        (["--control", "canny.safetensors:canny.safetensors"], "cannot identify image file"),
+        (["--control", "canny.safetensors:canny.safetensors"], "this is no picture in a known format"),
         (
             ["--control", "LORA:edges.png"],
             "--control takes a ControlNet, a Control-LoRA or a T2I-Adapter, but this is LoRA",
