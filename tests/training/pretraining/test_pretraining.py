@@ -18,7 +18,7 @@ from refiners.foundationals.latent_diffusion.embedded import (
     make_text_encoder,
 )
 from refiners.foundationals.latent_diffusion.files import pretrained
-from refiners.foundationals.scenes import Reader, draw_scenes, make_scenes
+from refiners.foundationals.scenes import Reader, Split, draw_scenes, make_scenes
 from refiners.solvers.schedule import signal_powers
 from refiners.training.pretraining import __main__ as commands
 from refiners.training.pretraining import autoencoder, diffusion, reader, text
@@ -26,7 +26,7 @@ from refiners.training.pretraining.diffusion import TextToLatents, velocity_loss
 from refiners.training.pretraining.evaluation import held_out_captions
 from refiners.training.pretraining.loop import Plan, Trainee, load_average, train
 from refiners.training.pretraining.vocabulary import scene_words, write_vocabulary
-from refiners.weights import read_header, read_safetensors
+from refiners.weights import read_header, read_metadata, read_safetensors
 
 PLAN = Plan(steps=6, peak_rate=1e-2, warm_up=2, save_every=3, report_every=2)
 
@@ -89,10 +89,18 @@ def test_the_average_is_what_is_kept(tmp_path: Path) -> None:
         assert torch.equal(value, trainee.average[name]) and not torch.equal(value, last)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run() -> None:
+def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_checkpoint(tmp_path: Path) -> None:
     model = toy()
-    with pytest.raises(FloatingPointError, match="step 0"):
-        Trainee(model, PLAN).learn(model(torch.full((1, 4), float("nan"))).sum())
+
+    def loss_of(generator: torch.Generator) -> Tensor:
+        loss = toy_loss(model, generator)
+        return loss * float("nan") if generator.initial_seed() == 4 else loss
+
+    with pytest.raises(FloatingPointError, match="before 6 is not finite"):
+        train("toy", model, PLAN, loss_of, tmp_path, lambda line: None)
+    kept = read_safetensors(tmp_path / "toy.safetensors")
+    assert all(tensor.isfinite().all() for tensor in kept.values())
+    assert read_metadata(tmp_path / "toy.safetensors") == {"step": "3"}
 
 
 def test_rates_rise_stay_and_fall_to_almost_nothing() -> None:
@@ -177,34 +185,61 @@ def test_one_step_of_diffusion_changes_both_parts_and_a_perfect_prediction_costs
     model = TextToLatents(diffusion.new_unet(), make_text_encoder())
     powers = torch.tensor(signal_powers(EMBEDDED_SOLVER_PARAMS), dtype=torch.float32)
     latents = torch.randn(4, 4, 8, 8)
-    captions = [*held_out_captions(3), ""]
+    token_ids = model.clip_text_encoder.ensure_find(CLIPTokenizer)([*held_out_captions(3), ""])
     trainee = Trainee(model, Plan(steps=3, peak_rate=1e-3, warm_up=1))
     before = [value.detach().clone() for value in model.parameters()]
     for step in range(3):
-        trainee.learn(velocity_loss(model, latents, captions, powers, torch.Generator().manual_seed(step)))
+        trainee.learn(velocity_loss(model, latents, token_ids, powers, torch.Generator().manual_seed(step)))
     has_changed = [not torch.equal(one, other) for one, other in zip(before, model.parameters(), strict=True)]
     assert all(has_changed)
 
     class Oracle(nn.Module):
-        def forward(self, noisy: Tensor, timesteps: Tensor, captions: list[str]) -> Tensor:
+        def forward(self, noisy: Tensor, timesteps: Tensor, token_ids: Tensor) -> Tensor:
             power = powers[timesteps, None, None, None]
             noise = (noisy - power.sqrt() * latents) / (1 - power).sqrt()
             return power.sqrt() * noise - (1 - power).sqrt() * latents
 
-    perfect: float = velocity_loss(Oracle(), latents, captions, powers, torch.Generator()).item()  # pyright: ignore
+    perfect: float = velocity_loss(Oracle(), latents, token_ids, powers, torch.Generator()).item()
     assert perfect < 1e-6
 
 
-def test_latents_are_cached(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_examples_are_cached_and_their_captions_are_of_their_scenes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(diffusion, "CHUNK", 6)
     lda = LatentDiffusionAutoencoder(EMBEDDED_AUTOENCODER)
-    path = tmp_path / "latents.safetensors"
-    latents, scenes = diffusion.cached_latents(lda, path, count=10)
-    assert latents.shape == (10, 4, 8, 8) and len(scenes) == 10
+    path = tmp_path / "examples.safetensors"
+    made = diffusion.cached_examples(lda, path, count=10)
     written = path.stat().st_mtime_ns
-    again, same = diffusion.cached_latents(lda, path, count=10)
-    assert torch.equal(latents, again) and same.to_list() == scenes.to_list() and path.stat().st_mtime_ns == written
-    others, _ = diffusion.cached_latents(LatentDiffusionAutoencoder(EMBEDDED_AUTOENCODER), path, count=10)
-    assert not torch.equal(latents, others)
+    again = diffusion.cached_examples(lda, path, count=10)
+    assert path.stat().st_mtime_ns == written
+    assert all(torch.equal(one, other) for one, other in zip(vars(made).values(), vars(again).values(), strict=True))
+    others = diffusion.cached_examples(LatentDiffusionAutoencoder(EMBEDDED_AUTOENCODER), path, count=10)
+    assert not torch.equal(made.latents, others.latents) and torch.equal(made.token_ids, others.token_ids)
+
+    scenes = make_scenes(6, torch.Generator().manual_seed(0), Split.TRAIN)
+    images = draw_scenes(scenes, torch.Generator().manual_seed(0))
+    assert torch.equal(others.chances[:6], scenes.is_there.sum(1).float())
+    tokenizer = CLIPTokenizer(EMBEDDED_VOCABULARY, sequence_length=32)
+    for row, scene in enumerate(scenes.to_list()):
+        words = {id for thing in scene.things for id in tokenizer.encode(str(thing))}
+        assert all(words <= set(ids.tolist()) for ids in others.token_ids[row])
+    with torch.no_grad():
+        assert torch.equal(diffusion.cached_examples(lda, path, count=10).latents[:6], lda.encode(images).half())
+
+
+def test_a_share_of_the_captions_that_are_drawn_is_empty() -> None:
+    empty = torch.zeros(3, dtype=torch.int16)
+    token_ids = torch.arange(1, 25, dtype=torch.int16).reshape(4, 2, 3)
+    chances = torch.tensor([1.0, 0.0, 1.0, 3.0])
+    examples = diffusion.Examples(torch.arange(4.0).half().reshape(4, 1, 1, 1), token_ids, chances, empty)
+    latents, drawn = examples.draw(4000, torch.Generator().manual_seed(0))
+    rows = latents.flatten().long()
+    assert abs((rows == 3).float().mean() - 0.6) < 0.03 and not (rows == 1).any()
+    is_empty = (drawn == 0).all(1)
+    assert abs(is_empty.float().mean() - diffusion.CAPTION_DROPOUT) < 0.02
+    assert torch.equal((drawn[~is_empty][:, 0] - 1) // 6, rows[~is_empty])
 
 
 def test_the_vocabulary_in_the_package_is_what_the_script_writes(tmp_path: Path) -> None:

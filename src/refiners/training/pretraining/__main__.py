@@ -40,14 +40,15 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/pretraining"), help="where checkpoints and logs go")
     parser.add_argument("--steps", type=int, help="of training in all, for a part that trains; its own if not given")
     parser.add_argument("--count", type=int, default=500, help="how many captions to evaluate")
+    parser.add_argument("--device", default="cpu", help="where the part 'diffusion' trains")
     parser.add_argument("--from-package", action="store_true", help="begin with the package's weights, in a new folder")
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     for part in PARTS if arguments.part == "all" else [arguments.part]:
-        run(part, arguments.folder, arguments.steps, arguments.count, arguments.from_package)
+        run(part, arguments.folder, arguments.steps, arguments.count, arguments.from_package, arguments.device)
 
 
-def run(part: str, folder: Path, steps: int | None, count: int, from_package: bool) -> None:
+def run(part: str, folder: Path, steps: int | None, count: int, from_package: bool, device: str = "cpu") -> None:
     """Run one of the parts."""
     if part == "vocabulary":
         write_vocabulary(EMBEDDED_VOCABULARY)
@@ -63,7 +64,7 @@ def run(part: str, folder: Path, steps: int | None, count: int, from_package: bo
         write_safetensors(folder / "text_final.safetensors", encoder.state_dict())
     elif part == "diffusion":
         unet, lda, encoder = load_package() if from_package else load_new(folder)
-        diffusion.train_diffusion(unet, lda, encoder, folder, with_steps(diffusion.PLAN, steps))
+        diffusion.train_diffusion(unet, lda, encoder, folder, with_steps(diffusion.PLAN, steps), device)
     elif part == "export":
         export(folder)
     else:

@@ -4,29 +4,42 @@ The UNet tells velocity (arXiv 2202.00512, appendix D) on a schedule that ends w
 """
 
 import hashlib
-from collections.abc import Sequence
+import os
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from random import Random
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 import refiners.fluxion.layers as fl
 from refiners.foundationals.clip.text_encoder import CLIPTextEncoder
+from refiners.foundationals.clip.tokenizer import CLIPTokenizer
 from refiners.foundationals.latent_diffusion.autoencoder import LatentDiffusionAutoencoder
-from refiners.foundationals.latent_diffusion.embedded import EMBEDDED_SOLVER_PARAMS, EMBEDDED_UNET
+from refiners.foundationals.latent_diffusion.embedded import (
+    EMBEDDED_SOLVER_PARAMS,
+    EMBEDDED_TEXT_ENCODER,
+    EMBEDDED_UNET,
+    EMBEDDED_VOCABULARY,
+)
 from refiners.foundationals.latent_diffusion.unet import OutputBlock, ResidualBlock, SpatialTransformer, UNet
-from refiners.foundationals.scenes.captions import caption_of
+from refiners.foundationals.scenes.captions import caption_of, caption_without_places
 from refiners.foundationals.scenes.drawing import draw_scenes
 from refiners.foundationals.scenes.scene import Scenes, Split, make_scenes
 from refiners.solvers.schedule import signal_powers
 from refiners.training.pretraining.loop import Plan, reporter, train
-from refiners.weights.files import read_metadata, read_safetensors, write_safetensors
+from refiners.weights.files import read_with_metadata, write_safetensors
 
-PLAN = Plan(steps=9400, peak_rate=1e-3, averaging=0.999, decay=0.3)
-BATCH_SIZE = 64
-SCENE_COUNT = 40_000
+PLAN = Plan(
+    steps=100_000, peak_rate=8e-4, warm_up=500, averaging=0.9997, decay=0.6, save_every=10_000, report_every=1000
+)
+BATCH_SIZE = 256
+SCENE_COUNT = 400_000
+CHUNK = 2000  # scenes that are made, captioned and encoded at a time
+CAPTIONS = 4  # of each scene
+OPEN_CAPTIONS = 0.15  # share of captions that leave all places open, besides those that do so by lot: they are harder
 TIMESTEP_POWER = 0.6  # what lies where is decided at high noise, and is harder than how it looks: more of that
 CAPTION_DROPOUT = 0.1  # so that there is a prediction without caption to be guided away from (arXiv 2207.12598)
 
@@ -39,11 +52,33 @@ class TextToLatents(nn.Module):
         self.unet = unet
         self.clip_text_encoder = text_encoder
 
-    def forward(self, latents: Tensor, timesteps: Tensor, captions: Sequence[str]) -> Tensor:
-        """Velocities (B, 4, 8, 8) of noisy latents (B, 4, 8, 8) at timesteps (B,)."""
+    def forward(self, latents: Tensor, timesteps: Tensor, token_ids: Tensor) -> Tensor:
+        """Velocities (B, 4, 8, 8) of noisy latents (B, 4, 8, 8) at timesteps (B,), of captions' token ids (B, L)."""
         self.unet.set_timestep(timesteps)
-        self.unet.set_clip_text_embedding(self.clip_text_encoder(captions))
+        self.unet.set_clip_text_embedding(self.clip_text_encoder(token_ids))
         return self.unet(latents)
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What is learned from: latents (N, 4, 8, 8), token ids (N, captions, L) and how often each comes up (N,).
+
+    no_caption: the token ids (L,) of the empty caption.
+    """
+
+    latents: Tensor
+    token_ids: Tensor
+    chances: Tensor
+    no_caption: Tensor
+
+    def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Latents (count, 4, 8, 8) and the token ids (count, L) of one of the captions of each, or of none."""
+        device = self.latents.device
+        rows = torch.multinomial(self.chances, count, replacement=True, generator=generator)
+        which = torch.randint(self.token_ids.shape[1], (count,), generator=generator, device=device)
+        is_left_out = torch.rand(count, generator=generator, device=device) < CAPTION_DROPOUT
+        token_ids = self.token_ids[rows, which].where(~is_left_out[:, None], self.no_caption)
+        return self.latents[rows].float(), token_ids.long()
 
 
 def new_unet() -> UNet:
@@ -55,23 +90,32 @@ def new_unet() -> UNet:
 
 
 def train_diffusion(
-    unet: UNet, lda: LatentDiffusionAutoencoder, text_encoder: CLIPTextEncoder, folder: Path, plan: Plan = PLAN
+    unet: UNet,
+    lda: LatentDiffusionAutoencoder,
+    text_encoder: CLIPTextEncoder,
+    folder: Path,
+    plan: Plan = PLAN,
+    device: torch.device | str = "cpu",
 ) -> TextToLatents:
-    """Train the UNet and the text encoder in `folder`, where the latents are kept too."""
-    model = TextToLatents(unet, text_encoder)
-    latents, scenes = cached_latents(lda, folder / "latents.safetensors", SCENE_COUNT)
-    words, things = scenes.to_list(), scenes.is_there.sum(1).float()  # a scene of two comes up twice as often as of one
-    powers = torch.tensor(signal_powers(EMBEDDED_SOLVER_PARAMS), dtype=torch.float32)
+    """Train the UNet and the text encoder in `folder`, where the examples are kept too."""
+    examples = cached_examples(lda.to(device), folder / "examples.safetensors", SCENE_COUNT)
+    model = TextToLatents(unet, text_encoder).to(device)
+    powers = torch.tensor(signal_powers(EMBEDDED_SOLVER_PARAMS), dtype=torch.float32, device=device)
+    if torch.device(device).type == "cuda":
+        record(model, examples)
 
     def loss_of(generator: torch.Generator) -> Tensor:
-        rows = torch.multinomial(things, BATCH_SIZE, replacement=True, generator=generator)
-        chance = Random(generator.initial_seed())
-        chosen = [words[row] for row in cast("list[int]", rows.tolist())]
-        captions = ["" if chance.random() < CAPTION_DROPOUT else caption_of(scene, chance) for scene in chosen]
-        return velocity_loss(model, latents[rows].float(), captions, powers, generator)
+        return velocity_loss(model, *examples.draw(BATCH_SIZE, generator), powers, generator)
 
     train("diffusion", model, plan, loss_of, folder, reporter(folder))
-    return model
+    return model.cpu()
+
+
+def record(model: TextToLatents, examples: Examples) -> None:
+    """Have the model run and differentiate as two CUDA graphs: launching its small kernels one by one takes longer."""
+    torch.set_float32_matmul_precision("high")
+    latents, token_ids = examples.draw(BATCH_SIZE, torch.Generator(examples.latents.device))
+    torch.cuda.make_graphed_callables(model, (latents, torch.zeros_like(token_ids[:, 0]), token_ids))
 
 
 def begin_silent(unet: UNet) -> None:
@@ -84,45 +128,71 @@ def begin_silent(unet: UNet) -> None:
         nn.init.zeros_(last.weight)
 
 
-def cached_latents(lda: LatentDiffusionAutoencoder, path: Path, count: int) -> tuple[Tensor, Scenes]:
-    """Latents (count, 4, 8, 8), half precision, of scenes drawn for training, and the scenes.
+def cached_examples(lda: LatentDiffusionAutoencoder, path: Path, count: int) -> Examples:
+    """Scenes drawn for training and encoded, with captions; on the device of the autoencoder.
 
     Read from `path` if they are there and of the same autoencoder, else written there.
     """
-    scenes = make_scenes(count, torch.Generator().manual_seed(6), Split.TRAIN)
-    recipe = {"count": str(count), "autoencoder": _digest(lda)}
-    if not path.exists() or read_metadata(path) != recipe:
-        write_safetensors(path, {"latents": _encode(lda, scenes)}, metadata=recipe)
-    return read_safetensors(path)["latents"], scenes
+    recipe = {"count": str(count), "captions": str(CAPTIONS), "autoencoder": _digest(lda)}
+    device = next(lda.parameters()).device
+    if path.exists():
+        tensors, metadata = read_with_metadata(path, device)
+        if metadata == recipe:
+            return Examples(**tensors)
+    examples = _make_examples(lda, count)
+    write_safetensors(path, vars(examples), metadata=recipe)
+    return examples
 
 
 @torch.no_grad()
-def _encode(lda: LatentDiffusionAutoencoder, scenes: Scenes, batch_size: int = 200) -> Tensor:
-    generator = torch.Generator().manual_seed(7)
-    starts = range(0, len(scenes), batch_size)
-    parts = [lda.encode(draw_scenes(scenes[start : start + batch_size], generator)).half() for start in starts]
-    return torch.cat(parts)
+def _make_examples(lda: LatentDiffusionAutoencoder, count: int) -> Examples:
+    """Captions are written by all cores, while this process draws and encodes."""
+    device, parts = next(lda.parameters()).device, list[tuple[Tensor, Tensor, Tensor]]()
+    sizes = [min(CHUNK, count - start) for start in range(0, count, CHUNK)]
+    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
+        for number, (scenes, token_ids) in enumerate(pool.map(_make_captioned, sizes, range(len(sizes)))):
+            images = draw_scenes(scenes, torch.Generator().manual_seed(number))
+            latents = lda.encode(images.to(device)).half()
+            parts.append((latents, token_ids.to(device), scenes.is_there.sum(1).float().to(device)))
+    joined = [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
+    return Examples(*joined, no_caption=_tokenizer()("")[0].short().to(device))
+
+
+def _make_captioned(count: int, number: int) -> tuple[Scenes, Tensor]:
+    """Scenes, and token ids (count, CAPTIONS, L) of captions of them."""
+    torch.set_num_threads(1)
+    scenes, chance = make_scenes(count, torch.Generator().manual_seed(number), Split.TRAIN), Random(number)
+    texts: list[str] = []
+    for scene in scenes.to_list():
+        for _ in range(CAPTIONS):
+            write = caption_without_places if chance.random() < OPEN_CAPTIONS else caption_of
+            texts.append(write(scene, chance))
+    return scenes, _tokenizer()(texts).short().unflatten(0, (count, CAPTIONS))
+
+
+def _tokenizer() -> CLIPTokenizer:
+    return CLIPTokenizer(EMBEDDED_VOCABULARY, sequence_length=EMBEDDED_TEXT_ENCODER.max_sequence_length)
 
 
 def _digest(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for value in model.state_dict().values():
-        digest.update(value.float().numpy().tobytes())
+        digest.update(value.float().cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
 def velocity_loss(
-    model: TextToLatents, latents: Tensor, captions: Sequence[str], powers: Tensor, generator: torch.Generator
+    model: nn.Module, latents: Tensor, token_ids: Tensor, powers: Tensor, generator: torch.Generator
 ) -> Tensor:
     """Squared error of the velocity, at timesteps spread over the batch, denser where it is noisy.
 
     powers: ᾱ of each timestep.
     """
-    count = len(latents)
-    spread = (torch.arange(count) + torch.rand(count, generator=generator)) / count
-    timesteps = (spread**TIMESTEP_POWER * len(powers)).long()
+    count, device = len(latents), latents.device
+    spread = (torch.arange(count, device=device) + torch.rand(count, generator=generator, device=device)) / count
+    timesteps = (spread**TIMESTEP_POWER * len(powers)).long().clamp(max=len(powers) - 1)
     power = powers[timesteps, None, None, None]
-    noise = torch.randn(latents.shape, generator=generator)
+    noise = torch.randn(latents.shape, generator=generator, device=device)
     noisy = power.sqrt() * latents + (1 - power).sqrt() * noise
     velocity = power.sqrt() * noise - (1 - power).sqrt() * latents
-    return (model(noisy, timesteps, captions) - velocity).square().mean()
+    return (model(noisy, timesteps, token_ids) - velocity).square().mean()

@@ -4,6 +4,7 @@ Every step draws its own data from its own seed, so that the weights, their aver
 number of the step are all that a run needs to go on as if it had not been interrupted.
 """
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from refiners.weights.files import read_metadata, read_safetensors, write_safetensors
 
@@ -53,23 +55,24 @@ class Trainee:
         matrices = [value for name, value in self.parameters.items() if _decays(name, value)]
         others = [value for name, value in self.parameters.items() if not _decays(name, value)]
         groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=plan.peak_rate, betas=plan.betas, weight_decay=plan.weight_decay)
+        self.optimizer = torch.optim.AdamW(
+            groups, lr=plan.peak_rate, betas=plan.betas, weight_decay=plan.weight_decay, fused=True
+        )
         self.average = {name: value.detach().clone() for name, value in self.parameters.items()}
 
     def learn(self, loss: Tensor) -> None:
-        """One step down the gradient of `loss`. Raises FloatingPointError if that is not finite."""
+        """One step down the gradient of `loss`. Nothing here waits for the device."""
         self.optimizer.zero_grad()
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.plan.max_gradient)
-        if not bool(norm.isfinite()):
-            raise FloatingPointError(f"the gradient of step {self.step} is not finite; lower the learning rate")
+        nn.utils.clip_grad_norm_(self.parameters.values(), self.plan.max_gradient)
         for group in self.optimizer.param_groups:
             group["lr"] = self.plan.rate(self.step)
         self.optimizer.step()
         self.step += 1
         share = min(self.plan.averaging, (1 + self.step) / (10 + self.step))
-        for name, value in self.parameters.items():
-            self.average[name].lerp_(value.detach(), 1 - share)
+        averages, values = [*self.average.values()], [value.detach() for value in self.parameters.values()]
+        with torch.no_grad():
+            get_ema_multi_avg_fn(share)(averages, values, self.step)
 
     def save(self, path: Path) -> None:
         """Write all that is needed to go on; the file is whole at any moment."""
@@ -90,9 +93,9 @@ class Trainee:
             value.data.copy_(tensors[f"weight.{name}"])
             self.average[name].copy_(tensors[f"average.{name}"])
             self.optimizer.state[value] = {
-                "step": torch.tensor(float(self.step)),
-                "exp_avg": tensors[f"mean.{name}"].clone(),
-                "exp_avg_sq": tensors[f"square.{name}"].clone(),
+                "step": torch.tensor(float(self.step), device=value.device),
+                "exp_avg": tensors[f"mean.{name}"].to(value.device, copy=True),
+                "exp_avg_sq": tensors[f"square.{name}"].to(value.device, copy=True),
             }
 
     def use_average(self) -> None:
@@ -112,24 +115,33 @@ def train(
 ) -> None:
     """Train a model to the end of its plan, from its checkpoint in `folder` if there is one; then average.
 
-    loss_of: the loss of one step; all that it draws by lot comes from the generator.
+    Raises FloatingPointError if losses are no longer finite; the last checkpoint is from before.
+
+    loss_of: the loss of one step; all that it draws by lot comes from the generator, on the device of the model.
     at_save: called after each checkpoint.
     """
     trainee, path = Trainee(model, plan), folder / f"{name}.safetensors"
     if path.exists():
         trainee.load(path)
-    generator, losses, start = torch.Generator(), list[float](), time.monotonic()
+    generator = torch.Generator(next(iter(trainee.parameters.values())).device)
+    losses, first, start = list[Tensor](), trainee.step, time.monotonic()
     while trainee.step < plan.steps:
         generator.manual_seed(trainee.step)
         loss = loss_of(generator)
         trainee.learn(loss)
-        losses.append(loss.item())
-        if trainee.step % plan.report_every == 0:
-            seconds = (time.monotonic() - start) / len(losses)
-            recent = losses[-plan.report_every :]
-            clock = time.strftime("%H:%M:%S")
-            report(f"{clock} {name} {trainee.step}: loss {sum(recent) / len(recent):.4f}, {seconds:.2f} s a step")
-        if trainee.step % plan.save_every == 0 or trainee.step == plan.steps:
+        losses.append(loss.detach())
+        is_saved = trainee.step % plan.save_every == 0 or trainee.step == plan.steps
+        is_reported = trainee.step % plan.report_every == 0
+        if not (is_reported or is_saved):
+            continue
+        mean = torch.stack(losses).mean().item()
+        if not math.isfinite(mean):
+            raise FloatingPointError(f"the loss of a step before {trainee.step} is not finite; lower the learning rate")
+        losses.clear()
+        if is_reported:
+            seconds = (time.monotonic() - start) / (trainee.step - first)
+            report(f"{time.strftime('%H:%M:%S')} {name} {trainee.step}: loss {mean:.4f}, {seconds:.4f} s a step")
+        if is_saved:
             trainee.save(path)
             if at_save is not None:
                 at_save(trainee)
