@@ -32,9 +32,7 @@ from refiners.solvers.schedule import signal_powers
 from refiners.training.pretraining.loop import Plan, reporter, train
 from refiners.weights.files import read_with_metadata, write_safetensors
 
-PLAN = Plan(
-    steps=100_000, peak_rate=8e-4, warm_up=500, averaging=0.9997, decay=0.6, save_every=10_000, report_every=1000
-)
+PLAN = Plan(steps=30_000, peak_rate=8e-4, warm_up=500, averaging=0.9997, decay=0.6, save_every=2000, report_every=200)
 BATCH_SIZE = 256
 SCENE_COUNT = 400_000
 CHUNK = 2000  # scenes that are made, captioned and encoded at a time
