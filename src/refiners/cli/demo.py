@@ -11,7 +11,7 @@ Folder = Annotated[Path, typer.Option(help="Where the pictures, the LoRA and the
 Steps = Annotated[int, typer.Option(min=1, help="Of training.")]
 
 
-def demo(folder: Folder = Path("runs/demo"), steps: Steps = 240, debug: Debug = False) -> None:
+def demo(folder: Folder = Path("runs/demo"), steps: Steps = 160, debug: Debug = False) -> None:
     """Train a LoRA in minutes: a new shape for the embedded model, with pictures and scores before and after.
 
     Needs neither network nor GPU. The same command again goes on where it was stopped.

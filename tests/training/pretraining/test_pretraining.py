@@ -89,14 +89,15 @@ def test_the_average_is_what_is_kept(tmp_path: Path) -> None:
         assert torch.equal(value, trainee.average[name]) and not torch.equal(value, last)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_checkpoint(tmp_path: Path) -> None:
+@pytest.mark.parametrize("step", [4, 5])
+def test_a_gradient_that_is_not_finite_stops_the_run_and_leaves_the_checkpoint(tmp_path: Path, step: int) -> None:
     model = toy()
 
     def loss_of(generator: torch.Generator) -> Tensor:
         loss = toy_loss(model, generator)
-        return loss * float("nan") if generator.initial_seed() == 4 else loss
+        return loss + (loss * 0).sqrt() if generator.initial_seed() == step else loss  # finite; its gradient is not
 
-    with pytest.raises(FloatingPointError, match="before 6 is not finite"):
+    with pytest.raises(FloatingPointError, match="2 steps up to 6 is not finite"):
         train("toy", model, PLAN, loss_of, tmp_path, lambda line: None)
     kept = read_safetensors(tmp_path / "toy.safetensors")
     assert all(tensor.isfinite().all() for tensor in kept.values())

@@ -60,11 +60,11 @@ class Trainee:
         )
         self.average = {name: value.detach().clone() for name, value in self.parameters.items()}
 
-    def learn(self, loss: Tensor) -> None:
-        """One step down the gradient of `loss`. Nothing here waits for the device."""
+    def learn(self, loss: Tensor) -> Tensor:
+        """One step down the gradient of `loss`, and the norm of that, 0-d. Nothing here waits for the device."""
         self.optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(self.parameters.values(), self.plan.max_gradient)
+        norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.plan.max_gradient)
         for group in self.optimizer.param_groups:
             group["lr"] = self.plan.rate(self.step)
         self.optimizer.step()
@@ -73,6 +73,7 @@ class Trainee:
         averages, values = [*self.average.values()], [value.detach() for value in self.parameters.values()]
         with torch.no_grad():
             get_ema_multi_avg_fn(share)(averages, values, self.step)
+        return norm
 
     def save(self, path: Path) -> None:
         """Write all that is needed to go on; the file is whole at any moment."""
@@ -115,7 +116,7 @@ def train(
 ) -> None:
     """Train a model to the end of its plan, from its checkpoint in `folder` if there is one; then average.
 
-    Raises FloatingPointError if losses are no longer finite; the last checkpoint is from before.
+    Raises FloatingPointError if gradients are no longer finite; the last checkpoint is from before.
 
     loss_of: the loss of one step; all that it draws by lot comes from the generator, on the device of the model.
     at_save: called after each checkpoint.
@@ -124,20 +125,23 @@ def train(
     if path.exists():
         trainee.load(path)
     generator = torch.Generator(next(iter(trainee.parameters.values())).device)
-    losses, first, start = list[Tensor](), trainee.step, time.monotonic()
+    losses, norms, first, start = list[Tensor](), list[Tensor](), trainee.step, time.monotonic()
     while trainee.step < plan.steps:
         generator.manual_seed(trainee.step)
         loss = loss_of(generator)
-        trainee.learn(loss)
+        norms.append(trainee.learn(loss))
         losses.append(loss.detach())
         is_saved = trainee.step % plan.save_every == 0 or trainee.step == plan.steps
         is_reported = trainee.step % plan.report_every == 0
         if not (is_reported or is_saved):
             continue
+        if not math.isfinite(torch.stack(norms).sum().item()):
+            raise FloatingPointError(
+                f"a gradient in the {len(norms)} steps up to {trainee.step} is not finite; lower the learning rate"
+            )
         mean = torch.stack(losses).mean().item()
-        if not math.isfinite(mean):
-            raise FloatingPointError(f"the loss of a step before {trainee.step} is not finite; lower the learning rate")
         losses.clear()
+        norms.clear()
         if is_reported:
             seconds = (time.monotonic() - start) / (trainee.step - first)
             report(f"{time.strftime('%H:%M:%S')} {name} {trainee.step}: loss {mean:.4f}, {seconds:.4f} s a step")
