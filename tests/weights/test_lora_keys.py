@@ -57,6 +57,8 @@ PLACES = Places([LINEAR, CONVOLUTION, NORM, TEXT])
         ("oft_R.default.weight", Kind.OFT, "blocks"),
         ("boft_R.default", Kind.BOFT, "R"),
         ("b2.weight", Kind.GLORA, "b2"),
+        ("glora_A.default.Xd", Kind.ELEMENTWISE_GLORA, "A_Xd"),
+        ("glora_C.zeros", Kind.ELEMENTWISE_GLORA, "C_zeros"),
         ("lora_embedding_A.default", Kind.EMBEDDING, "down"),
         ("lora_B.bias", Kind.BIAS, "bias"),
         ("modules_to_save.default.weight", Kind.WHOLE, "weight"),

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from refiners.adapters.delta import Delta, Scale
 from refiners.adapters.difference import Difference, Replacement
 from refiners.adapters.dora import Dora
+from refiners.adapters.elementwise_glora import ElementwiseGlora
 from refiners.adapters.embedding import EmbeddingLora
 from refiners.adapters.glora import Glora
 from refiners.adapters.ia3 import Ia3
@@ -25,6 +26,7 @@ _CLASSES: dict[Kind, type[Delta]] = {
     Kind.LOKR: Lokr,
     Kind.DORA: Dora,
     Kind.GLORA: Glora,
+    Kind.ELEMENTWISE_GLORA: ElementwiseGlora,
     Kind.IA3: Ia3,
 }
 

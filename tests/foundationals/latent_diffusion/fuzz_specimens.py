@@ -22,6 +22,7 @@ _PARTS: dict[str, dict[str, tuple[int, ...]]] = {
     "LoKr": {"lokr_w1": (4, 4), "lokr_w2_a": (16, 3), "lokr_w2_b": (3, 16), "alpha": ()},
     "LoKr whole": {"lokr_w1": (4, 4), "lokr_w2": (16, 16), "alpha": ()},
     "GLoRA": {"a1.weight": (64, 3), "a2.weight": (3, 64), "b1.weight": (64, 3), "b2.weight": (3, 64), "alpha": ()},
+    "elementwise GLoRA": {"glora_A.Xd": (64, 3), "glora_A.Xu": (3, 64), "glora_B.X": (64, 1)},
     "IA3": {"weight": (64,), "on_input": ()},
     "difference": {"diff": (64, 64), "diff_b": (64,)},
     "OFT": {"oft_blocks": (4, 16, 16), "alpha": ()},

@@ -16,6 +16,7 @@ class Kind(StrEnum):
     LOHA = "LoHa"
     LOKR = "LoKr"
     GLORA = "GLoRA"
+    ELEMENTWISE_GLORA = "elementwise GLoRA"
     IA3 = "(IA)^3"
     OFT = "OFT"
     BOFT = "BOFT"
@@ -35,7 +36,8 @@ class Kind(StrEnum):
         >>> Kind.LORA.with_article, Kind.OFT.with_article
         ('a LoRA', 'an OFT')
         """
-        return f"{'an' if self in (Kind.ADALORA, Kind.OFT, Kind.IA3) else 'a'} {self}"
+        starts_with_vowel = self in (Kind.ADALORA, Kind.ELEMENTWISE_GLORA, Kind.OFT, Kind.IA3)
+        return f"{'an' if starts_with_vowel else 'a'} {self}"
 
 
 class Key(NamedTuple):
@@ -108,6 +110,10 @@ for _stem, _kind, _factors in (
         _PARTS[f"{_stem}_{_factor}.*"] = (_kind, _factor)
 for _factor in ("a1", "a2", "b1", "b2", "bm"):
     _PARTS[f"{_factor}.weight"] = (Kind.GLORA, _factor)
+for _path in "ABCDE":
+    for _form in ("X", "Xd", "Xu", "zeros"):  # the last is what peft has for what is off
+        _PARTS[f"glora_{_path}.{_form}"] = (Kind.ELEMENTWISE_GLORA, f"{_path}_{_form}")
+        _PARTS[f"glora_{_path}.*.{_form}"] = (Kind.ELEMENTWISE_GLORA, f"{_path}_{_form}")
 for _projection in ("to_q", "to_k", "to_v", "to_out.0"):
     for _tensor in ("weight", "bias"):
         _PARTS[f"{_projection}_custom_diffusion.{_tensor}"] = (Kind.CUSTOM, f"{_projection}.{_tensor}")

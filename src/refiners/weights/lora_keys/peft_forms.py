@@ -235,6 +235,41 @@ def _is_on_input(update: LoraUpdate) -> bool:
     return bool(is_said) if is_said is not None else numbers.numel() != out
 
 
+# -- GLoRA
+
+
+def _glora_settings(updates: Updates) -> Settings:
+    forms = {
+        setting: _shared_form(updates, paths)
+        for setting, paths in {"config_A_B": "AB", "config_C": "C", "config_D_E": "DE"}.items()
+    }
+    ranks = {
+        tensor.shape[1] for update in updates.values() for part, tensor in update.tensors.items() if part.endswith("Xd")
+    }
+    if len(ranks) > 1:
+        raise _refusal(next(iter(updates.values())), f"is one of several with ranks that peft cannot mix: {ranks}")
+    return {"r": ranks.pop() if ranks else 8, **forms}
+
+
+def _shared_form(updates: Updates, paths: str) -> str:
+    """What peft calls the form that these paths have in all layers; C, D and E only where there is a bias."""
+    found: dict[str, LoraUpdate] = {}
+    for update in updates.values():
+        for path in paths if paths == "AB" or update.place.has_bias else "":
+            found[_form_of_path(update, path)] = update
+    if len(found) > 1:
+        shown = ", ".join(sorted(found))
+        raise _refusal(list(found.values())[-1], f"has {' or '.join(paths)} in another form than others: {shown}")
+    return next(iter(found), "none")
+
+
+def _form_of_path(update: LoraUpdate, path: str) -> str:
+    if f"{path}_Xd" in update.tensors:
+        return "lora"
+    whole = update.tensors.get(f"{path}_X")
+    return "none" if whole is None else "constant" if whole.shape == (1,) else "vector"
+
+
 # -- which kinds there are
 
 
@@ -251,11 +286,13 @@ def _named(stem: str, *parts: str) -> dict[str, str]:
 
 
 _LORA = _Form("LORA", {"down": "lora_A.weight", "up": "lora_B.weight", "magnitude": PEFT_MAGNITUDE}, _lora_settings)
+_GLORA_ENDS = {f"{path}_{form}": f"glora_{path}.{form}" for path in "ABCDE" for form in ("X", "Xd", "Xu")}
 _FORMS = {
     Kind.LORA: _LORA,
     Kind.EMBEDDING: _LORA._replace(ends=_LORA.ends | {"down": "lora_embedding_A", "up": "lora_embedding_B"}),
     Kind.LOHA: _Form("LOHA", _named("hada", "w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2"), _loha_settings),
     Kind.LOKR: _Form("LOKR", _named("lokr", "w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2"), _lokr_settings),
+    Kind.ELEMENTWISE_GLORA: _Form("GLORA", _GLORA_ENDS, _glora_settings),
     Kind.OFT: _Form("OFT", {"blocks": "oft_R.weight"}, _oft_settings),
     Kind.BOFT: _Form("BOFT", _named("boft", "R", "s"), _boft_settings),
     Kind.IA3: _Form("IA3", _named("ia3", "l"), _ia3_settings),

@@ -25,6 +25,7 @@ _NEEDED: dict[Kind, tuple[set[str], ...]] = {
         {*first, *second} for first in (["w1"], ["w1_a", "w1_b"]) for second in (["w2"], ["w2_a", "w2_b"])
     ),
     Kind.GLORA: ({"a1", "a2", "b1", "b2"},),
+    Kind.ELEMENTWISE_GLORA: (set(),),
     Kind.IA3: ({"l"}, {"weight", "on_input"}),
     Kind.OFT: ({"blocks"}, {"diag"}),
     Kind.BOFT: ({"R", "s"},),
@@ -109,10 +110,11 @@ class _Group:
 
 
 def parse_updates(tensors: Mapping[str, Tensor], settings: Mapping[str, Settings], places: Places) -> LoraContents:
-    """Find the place of every key, and the alpha and rank of every update; the tensors' values are not looked at.
+    """Find the place of every key, and the alpha and rank of every update; the values of weights are not looked at.
 
     settings: as read by `parse_settings`.
-    Raises ValueError if two keys are the same part of the same layer, or if an alpha is no number.
+    Raises ValueError if two keys are the same part of the same layer, an alpha is no number, or what peft has as zeros
+    is not.
     """
     groups, left_out = _group(tensors, settings, places)
     updates: list[LoraUpdate] = []
@@ -209,7 +211,7 @@ def _explain(key: str, found: Key | None, settings: Mapping[str, Settings], plac
 def strange_types(settings: Mapping[str, Settings]) -> list[str]:
     """What peft calls adapters of these settings, where it is a kind that cannot be loaded."""
     types = {own.peft_type for own in settings.values() if own.peft_type is not None}
-    return sorted(types - {"LORA", "ADALORA", "LOHA", "LOKR", "OFT", "BOFT", "IA3", "LN_TUNING"})
+    return sorted(types - {"LORA", "ADALORA", "LOHA", "LOKR", "GLORA", "OFT", "BOFT", "IA3", "LN_TUNING"})
 
 
 def _cannot_load(kind: Kind) -> str:
@@ -234,7 +236,9 @@ def _updates_of(
     if kind is Kind.GLORA and own is not None and own.is_rank_stabilised and alpha is not None and rank:
         alpha = _single(alpha * math.sqrt(rank))  # that of the other kinds is written so by LyCORIS
     parts = as_of_lycoris(kind, parts, keys, own, name, alpha)
-    if kind is Kind.ADALORA and rank == 0:  # its training has found the layer to need none
+    if kind is Kind.ELEMENTWISE_GLORA:
+        parts = _without_zeros(parts, keys)
+    if not parts or (kind is Kind.ADALORA and rank == 0):  # all is off, or training has found the layer to need none
         return [], used
     usual = Kind.LORA if kind is Kind.ADALORA else kind
     updates = [LoraUpdate(place, group.name, usual, parts, alpha, rank)]
@@ -244,6 +248,13 @@ def _updates_of(
         updates.append(LoraUpdate(place, group.name, Kind.DIFFERENCE, bias))
         used.add(bias_key)
     return updates, used
+
+
+def _without_zeros(parts: Mapping[str, Tensor], keys: Mapping[str, str]) -> dict[str, Tensor]:
+    for part, tensor in parts.items():
+        if part.endswith("zeros") and not tensor.is_meta and (tensor.dtype not in _FLOATS or tensor.any()):
+            raise ValueError(f"{keys[part]!r} should hold zeros, as what it stands for is off, but it does not")
+    return {part: tensor for part, tensor in parts.items() if not part.endswith("zeros")}
 
 
 def starts_with_rank(kind: Kind | None, part: str) -> bool:
@@ -321,12 +332,17 @@ def _fit_factors(update: LoraUpdate) -> dict[str, Tensor]:
 def check_finite(tensors: Iterable[tuple[str, Tensor]]) -> None:
     """Raises ValueError naming the first tensor that holds NaN or infinity."""
     for key, tensor in tensors:
-        if tensor.is_meta:
-            continue
-        values = tensor.float() if tensor.dtype in _SHORT_FLOATS else tensor
-        # a sum is a quick witness: NaN and infinity come through; one that overflows is looked at closely
-        if not values.sum(dtype=torch.float32).isfinite() and not values.isfinite().all():
+        if not is_finite(tensor):
             raise ValueError(f"{key} has values that are NaN or infinite; this file is damaged or its training failed")
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite; True for a tensor without values."""
+    if tensor.is_meta:
+        return True
+    values = tensor.float() if tensor.dtype in _SHORT_FLOATS else tensor
+    # a sum is a quick witness: NaN and infinity come through; one that overflows is looked at closely
+    return math.isfinite(values.sum().item()) or bool(values.isfinite().all())
 
 
 def _reshaped(tensor: Tensor, shape: tuple[int, ...]) -> Tensor | None:

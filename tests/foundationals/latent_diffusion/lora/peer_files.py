@@ -15,6 +15,7 @@ from lora_specimens import Models, assert_changed, assert_same, load_both, outpu
 from peft import (
     AdaLoraConfig,
     BOFTConfig,
+    GloraConfig,
     IA3Config,
     LNTuningConfig,
     LoHaConfig,
@@ -106,6 +107,16 @@ PEFT: dict[str, tuple[Callable[[list[str]], Any], dict[str, list[str]]]] = {
         ),
         ALL,
     ),
+    "GLoRA": (lambda names: GloraConfig(r=3, target_modules=names), LINEAR),
+    "GLoRA of vectors": (
+        lambda names: GloraConfig(target_modules=names, config_A_B="vector", config_C="vector", config_D_E="vector"),
+        LINEAR,
+    ),
+    "GLoRA of numbers": (
+        lambda names: GloraConfig(target_modules=names, config_A_B="constant", config_C="none"),
+        LINEAR,
+    ),
+    "GLoRA of biases": (lambda names: GloraConfig(r=2, target_modules=names, config_A_B="none"), LINEAR),
     "OFT": (lambda names: OFTConfig(r=0, oft_block_size=8, target_modules=names), LINEAR),
     "OFT, one block for all": (
         lambda names: OFTConfig(r=0, oft_block_size=8, target_modules=names, block_share=True),

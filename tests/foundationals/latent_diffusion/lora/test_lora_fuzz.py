@@ -297,6 +297,7 @@ BOMBS: dict[str, tuple[dict[str, tuple[int, ...]], str]] = {
         {"a1.weight": (64, 1), "a2.weight": (1, 64), "b1.weight": (10**6, 1), "b2.weight": (1, 10**6)},
         "it should be",
     ),
+    "elementwise GLoRA": ({"glora_A.Xd": (10**6, 1), "glora_A.Xu": (1, 10**6)}, "make up no A"),
     "OFT": ({"oft_blocks": (10**6, 1, 1)}, "does not fit"),
     "difference": ({"diff": (1000, 1000)}, "that of the layer"),
     "IA3": ({"weight": (10**6,), "on_input": ()}, "its numbers have shape"),

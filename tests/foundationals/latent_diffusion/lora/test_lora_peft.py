@@ -1,5 +1,6 @@
 """Files of every kind of update of peft and diffusers: our models compute what theirs do, and theirs what ours do."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from refiners.foundationals.latent_diffusion.lora import (
     inspect_lora,
     save_lora,
 )
-from refiners.weights.files import read_safetensors
+from refiners.weights.files import read_safetensors, write_safetensors
 from refiners.weights.lora_keys import Kind
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # peft's own warnings
@@ -42,6 +43,33 @@ def test_peft_computes_the_same_and_our_files_do_too(models: Models, tmp_path: P
     assert_same(outputs(fresh), outputs(models[0]))
     comparison = compare_loras(source, tmp_path / "b.safetensors", load_both()[0])
     assert comparison.equal_count == len(comparison.layers)
+
+
+def test_what_is_off_in_a_glora_is_zero_or_refused(models: Models, tmp_path: Path) -> None:
+    source = peft_folder(models[1], tmp_path / "a", "GLoRA of numbers") / "unet"
+    tensors = read_safetensors(source / "adapter_model.safetensors")
+    zeros = [key for key in tensors if key.endswith("glora_C.zeros")]
+    assert len(LoraWeights(source).patch(models[0]).attached) == len(zeros) > 0
+    write_safetensors(source / "adapter_model.safetensors", tensors | {zeros[0]: tensors[zeros[0]] + 1})
+    with pytest.raises(ValueError, match=rf"{re.escape(zeros[0])}' should hold zeros, as what it stands for is off"):
+        LoraWeights(source).patch(load_both()[0])
+
+
+def test_gloras_of_several_forms_are_no_adapter_of_peft(models: Models, tmp_path: Path) -> None:
+    source = peft_folder(models[1], tmp_path / "a", "GLoRA") / "unet"
+    tensors = read_safetensors(source / "adapter_model.safetensors")
+    first = next(key for key in tensors if key.endswith("glora_A.Xd"))
+    up = first.removesuffix("Xd") + "Xu"
+    cases = {
+        "A or B in another form than others: constant, lora": {first.removesuffix("Xd") + "X": torch.ones(1)},
+        r"ranks that peft cannot mix: \{2, 3\}": {first: tensors[first][:, :2], up: tensors[up][:2]},
+    }
+    for reason, changed in cases.items():
+        kept = {key: tensor for key, tensor in tensors.items() if key not in (first, up)}
+        write_safetensors(tmp_path / "b.safetensors", kept | changed)
+        with pytest.raises(ValueError, match=reason):
+            convert_lora(tmp_path / "b.safetensors", tmp_path / "c", models[0], "peft")
+        convert_lora(tmp_path / "b.safetensors", tmp_path / "c.safetensors", models[0], "kohya")
 
 
 @pytest.mark.parametrize("kind", WHOLE)

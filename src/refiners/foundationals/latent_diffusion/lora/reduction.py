@@ -20,7 +20,7 @@ from refiners.weights.lora_keys import Kind, LoraUpdate
 Outcome = tuple[LoraUpdate | None, LayerLoss]  # None for an update that is not written
 
 # Kinds that the weight of the layer counts for, and its bias.
-_DEPENDENT = (Kind.DORA, Kind.WHOLE, Kind.GLORA, Kind.IA3, Kind.OFT, Kind.BOFT)
+_DEPENDENT = (Kind.DORA, Kind.WHOLE, Kind.GLORA, Kind.ELEMENTWISE_GLORA, Kind.IA3, Kind.OFT, Kind.BOFT)
 
 
 def weighted_delta(layer: Layer, update: LoraUpdate, weight: float = 1.0) -> Delta:
