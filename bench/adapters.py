@@ -2,7 +2,7 @@
 
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -88,14 +88,13 @@ def loading_row(model: Any, pipeline: Any, folder: Path) -> Row:
     return compared(name, measured["ours"], measured["theirs"], 0.5)
 
 
-def running_rows(model: Any, pipeline: Any, folder: Path) -> list[Row]:
+def running_rows(model: Any, pipeline: Any, folder: Path) -> Iterator[Row]:
     """Unmerged steps against the base's, and against peft's with the same files."""
     x, text = torch.randn(2, 4, SIZE, SIZE), torch.randn(2, 77, 768)
     ours, theirs = step_of(model.unet, True, x, text), step_of(pipeline.unet, False, x, text)
     base = model.unet.structural_copy()
     plain = step_of(base, True, x, text)
     loras = Loras(model, {})
-    rows: list[Row] = []
     for count, bound in ((1, 1.05), (4, 1.10)):
         names = [f"lora_{index}" for index in range(count)]
         for index, name in enumerate(names):
@@ -111,11 +110,10 @@ def running_rows(model: Any, pipeline: Any, folder: Path) -> list[Row]:
             raise AssertionError(f"with {count} LoRAs the relative error is {error:.1e}: there is nothing to compare")
         measured = times({"ours": ours, "peft": theirs, "base": plain}, rounds=5, round_s=0.0)
         title = f"step with {count} LoRA unmerged, latents {SIZE}x{SIZE}"
-        rows.append(compared(f"{title} / base", measured["ours"], measured["base"], bound))
-        rows.append(compared(f"{title} / peft", measured["ours"], measured["peft"], 1.0))
+        yield compared(f"{title} / base", measured["ours"], measured["base"], bound)
+        yield compared(f"{title} / peft", measured["ours"], measured["peft"], 1.0)
     loras.clear()
     pipeline.unload_lora_weights()
-    return rows
 
 
 def swap_row(model: Any, folder: Path) -> Row:
@@ -129,12 +127,10 @@ def swap_row(model: Any, folder: Path) -> Row:
     return Row("swap a LoRA in a slot, seconds", seconds * 1e3, 0.0, "ms", 0.05, seconds)
 
 
-def rows() -> list[Row]:
+def rows() -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model, pipeline = both()
-        return [
-            loading_row(model, pipeline, folder),
-            *running_rows(model, pipeline, folder),
-            swap_row(model, folder),
-        ]
+        yield loading_row(model, pipeline, folder)
+        yield from running_rows(model, pipeline, folder)
+        yield swap_row(model, folder)

@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -236,5 +236,6 @@ def xl_rows() -> list[Row]:
     ]
 
 
-def rows() -> list[Row]:
-    return [*text_rows(), *autoencoder_rows(), *unet_rows(), *xl_rows(), *loading_rows()]
+def rows() -> Iterator[Row]:
+    for part in (text_rows, autoencoder_rows, unet_rows, xl_rows, loading_rows):
+        yield from part()

@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 LONG_S = 0.2
@@ -88,10 +88,13 @@ def compared(name: str, ours: list[float], peer: list[float], bound: float) -> R
     return Row(name, statistics.median(ours) * 1e3, statistics.median(peer) * 1e3, "ms", bound, ratio)
 
 
-def print_rows(title: str, rows: list[Row]) -> None:
-    """One line per row, with a mark where the bound is not kept."""
-    print(f"\n{title}")
+def print_rows(title: str, rows: Iterable[Row]) -> bool:
+    """One line per row as soon as it is there, with a mark where the bound is not kept; whether all are."""
+    print(f"\n{title}", flush=True)
+    is_within = True
     for row in rows:
         mark = "ok " if row.is_within else "OUT"
         figures = f"ours {row.ours:10.2f} {row.unit}   peer {row.peer:10.2f} {row.unit}"
-        print(f"  {mark} {row.name:64s} {figures}   {row.value:6.3f} (bound {row.bound:g})")
+        print(f"  {mark} {row.name:64s} {figures}   {row.value:6.3f} (bound {row.bound:g})", flush=True)
+        is_within = is_within and row.is_within
+    return is_within

@@ -8,7 +8,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -198,8 +198,9 @@ def read_status(key: str) -> int:
         return next(int(line.split()[1]) for line in file if line.startswith(key)) * 1024
 
 
-def rows() -> list[Row]:
-    return [*trainer_rows(), *memory_rows(), *step_rows()]
+def rows() -> Iterator[Row]:
+    for part in (trainer_rows, memory_rows, step_rows):
+        yield from part()
 
 
 if __name__ == "__main__":

@@ -170,7 +170,7 @@ class Adapter(ContextModule, Generic[T]):
         holder, _ = self._holder_and_slot()
         holder._connect(target)
         record(lambda: holder._disconnect(target))
-        _refresh_up(holder)
+        holder._refresh_up()
 
     def _unsettle(self, occupant: nn.Module) -> None:
         """Let whoever sits in the hole go, and have the target there as a guest."""
@@ -181,10 +181,10 @@ class Adapter(ContextModule, Generic[T]):
         def undo() -> None:
             holder._modules[slot] = occupant
             holder._connect(occupant)
-            _refresh_up(holder)
+            holder._refresh_up()
 
         record(undo)
-        _refresh_up(holder)
+        holder._refresh_up()
 
     def _set_state(self, **values: Any) -> None:
         before = {name: getattr(self, name) for name in values}
@@ -315,7 +315,8 @@ def _make_slots_distinct(adapter: Chain, target: nn.Module) -> None:
     for slot, child in adapter._modules.items():
         taken = (*below, *adapter._modules, *renamed)
         renamed[slots.free_slot(type(child).__name__, taken) if slot in below else slot] = child
-    adapter._set_children(renamed)
+    if renamed.keys() != adapter._modules.keys():
+        adapter._set_children(renamed)
 
 
 def _names_below(module: nn.Module) -> set[str]:
@@ -325,11 +326,6 @@ def _names_below(module: nn.Module) -> set[str]:
         names.update((module._name, *module._modules))
         module = module._occupant()
     return names.union(module._modules, module._parameters)
-
-
-def _refresh_up(chain: Chain) -> None:
-    for node in (chain, *chain.get_parents()):
-        node._refresh()
 
 
 def _free_name(adapter: Adapter[Any], place: Chain | None) -> str:

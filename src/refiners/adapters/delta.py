@@ -175,9 +175,14 @@ class Delta(Module, ABC):
             raise ValueError(f"{self.name!r} has a scale for each of {len(self.factor)} samples, so no one weight")
         return self.factor
 
+    @property
+    def _strength(self) -> float | list[float]:
+        """The number that `direction` is multiplied with, or one for each sample."""
+        gain, scale = self.gain if self._is_enabled else 0.0, self._scale
+        return [own * gain for own in scale] if isinstance(scale, tuple) else scale * gain
+
     def _factor(self, device: torch.device) -> Tensor:
-        gain = self.gain if self._is_enabled else 0.0
-        return (torch.tensor(self._scale, dtype=torch.float64) * gain).to(device, torch.float32)
+        return torch.tensor(self._strength, dtype=torch.float32, device=device)
 
     def _update_factor(self) -> None:
         """Write the factor anew: in place where that can be done, so that what was compiled stays good."""
@@ -229,8 +234,14 @@ class RankedDelta(Delta):
 
     def set_alpha(self, alpha: float) -> None:
         """Set how strong the maker of the update meant it to be. What was compiled stays good."""
-        self._given_alpha = _checked_number("alpha", alpha)
-        self.alpha.fill_(self._given_alpha)
+        self.set_strength(alpha, self._scale)
+
+    def set_strength(self, alpha: float, scale: Scale) -> None:
+        """Set both the alpha and the scale, for the cost of one. What was compiled stays good."""
+        given, self._scale = _checked_number("alpha", alpha), checked_scale(scale)
+        self._given_alpha = given
+        self._has_one_scale = isinstance(self._scale, float)
+        self.alpha.fill_(given)
         self._update_factor()
 
     def _make_numbers(self, device: torch.device | None = None) -> None:

@@ -25,6 +25,7 @@ class DeltaAdapter(Sum, Adapter[WeightedModule]):
     twice.
     """
 
+    _looks_below = True
     # What runs, worked out by _refresh: own updates and those of such adapters in the hole.
     _base: nn.Module
     _deltas: tuple[Delta, ...] = ()

@@ -131,7 +131,10 @@ class Lora(RankedDelta, ABC, Generic[Map]):
         return repeated(factor, h.shape[0]).view(h.shape[0], *middle, -1, *self._trailing)
 
     def _factor(self, device: torch.device) -> Tensor:
-        return super()._factor(device).unsqueeze(-1).repeat_interleave(self.rank, -1)
+        strength = self._strength
+        if isinstance(strength, float):
+            return torch.full((self.rank,), strength, dtype=torch.float32, device=device)
+        return torch.tensor(strength, dtype=torch.float32, device=device).unsqueeze(-1).repeat(1, self.rank)
 
     def _single_factor(self) -> Tensor:
         return super()._single_factor()[0]

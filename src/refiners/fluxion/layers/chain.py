@@ -6,7 +6,7 @@ per layer when a model runs is in `Chain.forward`: the rest of this file builds,
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Self, cast, overload
+from typing import Any, ClassVar, Self, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -117,6 +117,9 @@ class Chain(ContextModule, Searchable):
     ['Linear_1', 'ReLU', 'Linear_2']
     """
 
+    _looks_below: ClassVar[bool] = (
+        False  # whether `_refresh` reads more of the tree than the children and their sources
+    )
     _plan: tuple[nn.Module, ...] = ()  # the children that run: those before the first Return
     _is_straight: bool = False  # no layer but the last can return a tuple, so none is looked for
     _contexts: Any  # Contexts, of which only the root's count; None: nothing set or read since the last call
@@ -394,8 +397,7 @@ class Chain(ContextModule, Searchable):
         for key in [key for key in after if key not in before]:
             if key not in guests and not ownership.is_guest(after[key]):
                 self._connect(after[key])
-        for chain in (self, *self.get_parents()):
-            chain._refresh()
+        self._refresh_up()
 
     def _connect(self, child: nn.Module) -> None:
         ownership.own(child, self)
@@ -415,8 +417,17 @@ class Chain(ContextModule, Searchable):
         if isinstance(child, ContextModule) and child.parent is self:
             del child.__dict__["_parent"]
 
+    def _refresh_up(self) -> None:
+        """Refresh this chain after an edit of it, and those above that see something of the edit."""
+        is_hidden = False
+        for chain in (self, *self.get_parents()):
+            if not is_hidden or chain._looks_below:
+                before = chain._context_sources
+                chain._refresh()
+                is_hidden = chain._context_sources == before
+
     def _refresh(self) -> None:
-        """Called on a chain after any edit in its tree: work out anew what follows from the children."""
+        """Work out anew what follows from the children."""
         plan: list[nn.Module] = []
         for child in self:
             if isinstance(child, Return):

@@ -224,6 +224,7 @@ CONDITIONS = {
 class UNet(fl.Chain):
     """Noise, velocity or clean latents (what it was trained for) from noisy latents, a time step and a text."""
 
+    _looks_below = True
     _participants: tuple[Participant, ...] | None
 
     def __init__(

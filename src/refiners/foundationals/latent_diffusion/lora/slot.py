@@ -29,8 +29,9 @@ class LoraSlot:
         self._loras: dict[str, Lora[Any]] = {}
         self._adapters: list[LoraAdapter] = []
         self._held: set[str] = set()  # the paths of the layers that the LoRA in it is on
+        self._layers = find_layers(model)
         with transaction():
-            for path, layer in find_layers(model).items():
+            for path, layer in self._layers.items():
                 if isinstance(layer.module, nn.Linear | nn.Conv2d):
                     target = cast(Any, layer.module)
                     lora: Lora[Any] = lora_class(target).for_layer(target, name, rank, 0.0)
@@ -49,7 +50,7 @@ class LoraSlot:
             )
         kept = checked_scale(scale)
         weights = lora if isinstance(lora, LoraWeights) else LoraWeights(lora)
-        contents = weights.read_for(self._model, strict)
+        contents = weights.read_for(self._model, strict, self._layers)
         for update in contents.updates:
             self._check(weights.file.path, update)
         updates = {update.place.path: update for update in contents.updates}
@@ -58,8 +59,7 @@ class LoraSlot:
         for path, update in updates.items():
             own = self._loras[path]
             _fill(own, *factors[path])
-            own.set_alpha(update.strength * self.rank)
-            own.scale = kept
+            own.set_strength(update.strength * self.rank, kept)
         self._held = set(updates)
         attached = tuple(attached_update(update, self._loras[path].dtype) for path, update in updates.items())
         return LoraReport(str(weights.file.path), self.name, attached, contents.left_out)
@@ -107,7 +107,8 @@ def _fill(own: Lora[Any], down: Tensor, up: Tensor) -> None:
     rank = down.shape[0]
     own.down.weight[:rank].copy_(down)
     own.up.weight[:, :rank].copy_(up)
-    own.up.weight[:, rank:].zero_()
+    if rank < own.rank:
+        own.up.weight[:, rank:].zero_()
 
 
 def folded(update: LoraUpdate) -> tuple[Tensor, Tensor]:

@@ -36,6 +36,7 @@ from refiners.weights.lora_keys import (
     LoraUpdate,
     check_finite,
     fit_parts,
+    is_finite,
     parse_updates,
     read_lora,
     strange_types,
@@ -88,9 +89,9 @@ class LoraWeights:
         attached: list[AttachedUpdate] = []
         adapters: list[DeltaAdapter] = []
         with collection_paused(), transaction():
-            for update in contents.updates:
+            placed = [self._placed(update, layers[update.place.path].module) for update in contents.updates]
+            for update, parts in zip(contents.updates, placed, strict=True):
                 layer = layers[update.place.path]
-                parts = self._placed(update, layer.module)
                 delta = make_delta(layer.module, _name_of(update, name), update.kind, parts, update.alpha, scale)
                 adapters.append(_adapter_for(layer.module, delta).inject(layer.parent))
                 attached.append(attached_update(update, delta.dtype))
@@ -127,12 +128,15 @@ class LoraWeights:
         """The adapters that are on a model; others may have been taken off one by one."""
         return [adapter for adapter in self._adapters if adapter._is_injected]
 
-    def read_for(self, model: Patchable, strict: bool = True) -> LoraContents:
+    def read_for(self, model: Patchable, strict: bool = True, layers: dict[str, Layer] | None = None) -> LoraContents:
         """What of the file goes where on a model: updates with factors that fit, and what is left out.
 
+        layers: those of the model, as `find_layers` gives them, if they were found before.
         The model is not touched. Raises as `patch`.
         """
-        return self._contents(model, find_layers(model), strict)
+        contents = self._contents(model, find_layers(model) if layers is None else layers, strict)
+        check_finite(_values(self.file.path, contents.updates))
+        return contents
 
     def _contents(self, model: Patchable, layers: dict[str, Layer], strict: bool) -> LoraContents:
         path, tensors = self.file.path, self.file.tensors
@@ -154,7 +158,6 @@ class LoraWeights:
                 f"{path}: {count} of {len(tensors)} keys cannot be used here, the first is {first}{advice}"
             )
         updates = tuple(self._fitted(update, layers[update.place.path].module) for update in contents.updates)
-        check_finite(_values(path, updates))
         return replace(contents, updates=updates)
 
     def _fitted(self, update: LoraUpdate, layer: nn.Module) -> LoraUpdate:
@@ -164,15 +167,19 @@ class LoraWeights:
             raise ValueError(f"{self.file.path}: {update.name!r} cannot go to {update.place.path}: {error}") from error
 
     def _placed(self, update: LoraUpdate, layer: nn.Module) -> dict[str, Tensor]:
-        """The tensors where and in which number format the layer runs. Raises ValueError if values leave its range."""
+        """The tensors where and in which number format the layer runs. Raises ValueError if they are not finite there.
+
+        They are looked at once they are there: what was just written is still in the cache.
+        """
         weight = cast(Tensor, layer.weight)
         dtype = self.dtype or (weight.dtype if weight.dtype in _COMPUTED else torch.float32)
         placed: dict[str, Tensor] = {}
         for part, tensor in update.tensors.items():
-            is_float = tensor.is_floating_point()
-            placed[part] = tensor.to(self.device or weight.device, dtype if is_float else None)
-            if is_float and torch.finfo(dtype).max < torch.finfo(tensor.dtype).max:
-                check_finite([(f"{self.file.path}: in {dtype} the {part} of {update.name!r}", placed[part])])
+            placed[part] = tensor.to(self.device or weight.device, dtype if tensor.is_floating_point() else None)
+            if not is_finite(placed[part]):
+                name = f"the {part} of {update.name!r}"
+                check_finite([(f"{self.file.path}: {name}", tensor)])
+                check_finite([(f"{self.file.path}: in {dtype} {name}", placed[part])])
         return placed
 
 
