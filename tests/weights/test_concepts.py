@@ -15,7 +15,7 @@ VECTORS = torch.randn(3, 8, generator=torch.Generator().manual_seed(2))
 WIDE = torch.randn(3, 12, generator=torch.Generator().manual_seed(3))
 
 
-def a1111(vectors: Tensor | nn.ParameterDict) -> dict[str, object]:
+def a1111(vectors: Tensor) -> dict[str, object]:
     """As its training saves them."""
     return {
         "string_to_token": {"*": 265},
@@ -24,6 +24,11 @@ def a1111(vectors: Tensor | nn.ParameterDict) -> dict[str, object]:
         "step": 99,
         "sd_checkpoint": None,
     }
+
+
+def first(vectors: Tensor) -> dict[str, object]:
+    """As the code of the paper saves them."""
+    return {"string_to_token": {"*": torch.tensor(265)}, "string_to_param": nn.ParameterDict({"*": vectors})}
 
 
 def saved(content: object, is_zip: bool = True) -> Callable[[Path], None]:
@@ -37,6 +42,7 @@ def written(**tensors: Tensor) -> Callable[[Path], None]:
 FILES: dict[str, tuple[Callable[[Path], None], dict[str, tuple[Tensor, ...]]]] = {
     "A1111": (saved(a1111(VECTORS)), {"toy": (VECTORS,)}),
     "A1111, older": (saved(a1111(nn.Parameter(VECTORS)), is_zip=False), {"toy": (VECTORS,)}),
+    "the paper's": (saved(first(VECTORS)), {"toy": (VECTORS,)}),
     "A1111 safetensors": (written(emb_params=VECTORS), {"toy": (VECTORS,)}),
     "two encoders": (written(clip_l=VECTORS, clip_g=WIDE), {"toy": (WIDE, VECTORS)}),
     "diffusers": (saved({"<cat-toy>": VECTORS[0]}), {"<cat-toy>": (VECTORS[:1],)}),
@@ -69,9 +75,14 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "a number": (written(emb_params=torch.ones(())), r"has shape \(\)"),
     "a book": (written(emb_params=torch.ones(MAX_VECTORS + 1, 8)), "at most 75 of them"),
     "a LoRA": (written(**{"lora_unet_x.lora_down.weight": VECTORS}), "is no textual inversion but LoRA"),
-    "a module": (
-        saved(a1111(nn.ParameterDict({"*": VECTORS}))),
-        r"run code \(torch.nn.modules.container.ParameterDict\)",
+    "a module": (saved(nn.Linear(8, 8)), r"run code \(torch.nn.modules.linear.Linear\)"),
+    "a module among the vectors": (
+        saved({"string_to_param": nn.ParameterDict({"*": nn.ParameterDict({"*": VECTORS})})}),
+        "is no textual inversion but a file of unknown content",
+    ),
+    "a module with its source": (
+        saved(first(VECTORS), is_zip=False),
+        "is not a torch file that can be read without running code",
     ),
     "no file of weights": (lambda path: path.write_bytes(b"hello, this is nothing"), "the file is damaged"),
 }

@@ -86,6 +86,11 @@ def test_a_hostile_pickle_is_refused_before_it_is_loaded(name: str, is_zip: bool
         refused(path, reason)
 
 
+def test_parameters_that_hold_none_are_refused(tmp_path: Path) -> None:
+    pickle = START + b"X\x01\x00\x00\x00actorch.nn.modules.container\nParameterDict\n)\x81K\x01bs."
+    refused(zipped(tmp_path / "x.bin", pickle), "a ParameterDict without its parameters")
+
+
 def test_a_packed_archive_is_refused_before_it_is_unpacked(tmp_path: Path) -> None:
     path = zipped(tmp_path / "x.bin", bytes(50_000_000), zipfile.ZIP_DEFLATED)
     assert path.stat().st_size < 100_000

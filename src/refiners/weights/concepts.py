@@ -1,8 +1,8 @@
 """Files of textual inversion (arXiv 2208.01618): the words that they teach, and the vectors of each.
 
-Forms: A1111's `.pt` (a dict `string_to_param`) and `.safetensors` (`emb_params`; `clip_l` and `clip_g` for the two text
-encoders of Stable Diffusion XL), where the word is the name of the file; and diffusers' `learned_embeds`, which has the
-word for a key.
+Forms: `.pt` of the paper's own code and of A1111 (a dict `string_to_param`) and `.safetensors` (`emb_params`; `clip_l`
+and `clip_g` for the two text encoders of Stable Diffusion XL), where the word is the name of the file; and diffusers'
+`learned_embeds`, which has the word for a key.
 """
 
 from collections.abc import Mapping

@@ -25,6 +25,8 @@ _GLOBALS = {
     *("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor_v3"),
     *("torch.storage.UntypedStorage", *(f"torch.{storage}Storage" for storage in _STORAGES)),
     *map(str, DTYPES.values()),
+    # what the first code for textual inversion saved its vectors in; read as a dict, see `torch_files`
+    *("torch.nn.modules.container.ParameterDict", "__builtin__.set", "builtins.set"),
 }
 
 

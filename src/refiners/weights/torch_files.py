@@ -22,6 +22,16 @@ _NESTED = ("state_dict", "string_to_param")  # of checkpoints, and of A1111's te
 _PARTS = {"image_proj", "ip_adapter"}  # of IP-Adapters, each a dict
 
 
+class _Parameters(dict[str, Tensor]):
+    """What a pickled `torch.nn.ParameterDict` is read as: the tensors alone, and no module."""
+
+    def __setstate__(self, state: object) -> None:
+        held = cast("dict[str, object]", state).get("_parameters") if isinstance(state, dict) else None
+        if not isinstance(held, dict):
+            raise ValueError("a ParameterDict without its parameters")
+        self.update(cast("dict[str, Tensor]", held))
+
+
 def is_torch_file(path: Path | str) -> bool:
     """Whether a file starts as torch files do. Raises FileNotFoundError, IsADirectoryError."""
     check_is_file(path)
@@ -53,7 +63,8 @@ def read_torch(path: Path | str, device: torch.device | str = "cpu") -> dict[str
             check_pickles(path, file.read(MAX_PICKLE_BYTES), _OLDER_PICKLES)
     try:
         # torch cannot map the older format
-        content: object = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
+        with torch.serialization.safe_globals([(_Parameters, "torch.nn.modules.container.ParameterDict")]):
+            content: object = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
     except MemoryError:
         raise
     except Exception as error:  # a damaged pickle can fail in any way
