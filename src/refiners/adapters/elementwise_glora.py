@@ -84,7 +84,7 @@ class ElementwiseGlora(PartsDelta):
         return scaled if shift is None else scaled + shift
 
     def bias_direction(self, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-        """B ∘ D + E + W C, or None if it has none of them."""
+        """The sum b ∘ D + E + W C, or None if it has none of the three."""
         if bias is None:
             return None
         factor, shift, mixed = (self._value(path, weight.dtype) for path in "DEC")

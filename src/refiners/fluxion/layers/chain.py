@@ -117,9 +117,7 @@ class Chain(ContextModule, Searchable):
     ['Linear_1', 'ReLU', 'Linear_2']
     """
 
-    _looks_below: ClassVar[bool] = (
-        False  # whether `_refresh` reads more of the tree than the children and their sources
-    )
+    _looks_below: ClassVar[bool] = False  # whether `_refresh` reads more than the children and their context sources
     _plan: tuple[nn.Module, ...] = ()  # the children that run: those before the first Return
     _is_straight: bool = False  # no layer but the last can return a tuple, so none is looked for
     _contexts: Any  # Contexts, of which only the root's count; None: nothing set or read since the last call

@@ -247,7 +247,8 @@ def _glora_settings(updates: Updates) -> Settings:
         tensor.shape[1] for update in updates.values() for part, tensor in update.tensors.items() if part.endswith("Xd")
     }
     if len(ranks) > 1:
-        raise _refusal(next(iter(updates.values())), f"is one of several with ranks that peft cannot mix: {ranks}")
+        found = ", ".join(map(str, sorted(ranks)))
+        raise _refusal(next(iter(updates.values())), f"is one of several with ranks that peft cannot mix: {found}")
     return {"r": ranks.pop() if ranks else 8, **forms}
 
 

@@ -23,7 +23,7 @@ from refiners.foundationals.latent_diffusion.lora import (
     inspect_lora,
     save_lora,
 )
-from refiners.foundationals.latent_diffusion.lora.places import find_layers, places_of
+from refiners.foundationals.latent_diffusion.lora.places import find_layers
 
 TARGETS = {
     "unet": ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out", "conv1"],
@@ -131,7 +131,7 @@ PREFIXES = {
 @pytest.mark.parametrize("form", PREFIXES)
 def test_names_of_all_layers_of_the_full_size_are_found(form: str) -> None:
     layers = find_layers(StableDiffusion_XL(device="meta"))
-    places = places_of(layers)
+    places = layers.places
     counts = {"unet": 0, "clip_text_encoder": 0, "clip_text_encoder_2": 0}
     kinds = dict(zip(counts, PREFIXES[form], strict=True))
     linears = [place for place in places.all if place.layer == "linear"]

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache, cached_property, lru_cache
 from typing import Any, Protocol, cast
 
 from torch import nn
@@ -54,7 +54,16 @@ class Layer:
     parent: Chain
 
 
-def find_layers(model: Patchable) -> dict[str, Layer]:
+class Layers(dict[str, Layer]):
+    """Layers by their path from the model on."""
+
+    @cached_property
+    def places(self) -> Places:
+        """Their places, to be found by what files call them."""
+        return Places(layer.place for layer in self.values())
+
+
+def find_layers(model: Patchable) -> Layers:
     """The layers with a weight, by their path from the model on, in the order of the trees.
 
     Raises TypeError if the model has no UNet and CLIP text encoder of ours.
@@ -64,7 +73,7 @@ def find_layers(model: Patchable) -> dict[str, Layer]:
     found = list(_layers(XL_UNET if is_xl else UNET, "unet", unet, _unet_names(unet.spec)))
     for component, path, encoder in _text_encoders(model.clip_text_encoder):
         found += _layers(component, path, encoder, _text_names(encoder.spec))
-    return {layer.place.path: layer for layer in found}
+    return Layers({layer.place.path: layer for layer in found})
 
 
 def family_of(model: Patchable) -> Family | None:
@@ -80,11 +89,6 @@ def _text_encoders(tree: Chain) -> Iterator[tuple[Component, str, CLIPTextEncode
     components = (XL_TEXT_ENCODER, XL_TEXT_ENCODER_2)
     for component, path, encoder in zip(components, ENCODER_PATHS, tree.layers(CLIPTextEncoder), strict=True):
         yield component, f"clip_text_encoder.{path}", encoder
-
-
-def places_of(layers: dict[str, Layer]) -> Places:
-    """The places of layers, to be found by name."""
-    return Places(layer.place for layer in layers.values())
 
 
 def find_deltas(model: Patchable, layers: dict[str, Layer]) -> Iterator[tuple[Layer | None, Delta]]:

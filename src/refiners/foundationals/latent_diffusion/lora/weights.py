@@ -5,6 +5,7 @@ Formats: kohya's, LyCORIS', diffusers' of all times, peft's, OneTrainer's, Comfy
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,12 +21,11 @@ from refiners.fluxion.collection import collection_paused
 from refiners.fluxion.layers.transaction import transaction
 from refiners.foundationals.latent_diffusion.lora.in_order import is_in_order, updates_in_order
 from refiners.foundationals.latent_diffusion.lora.places import (
-    Layer,
+    Layers,
     Patchable,
     family_of,
     find_deltas,
     find_layers,
-    places_of,
 )
 from refiners.foundationals.latent_diffusion.lora.report import AttachedUpdate, LoraReport, attached_update
 from refiners.weights.formats import Content, Identity, identify
@@ -128,7 +128,7 @@ class LoraWeights:
         """The adapters that are on a model; others may have been taken off one by one."""
         return [adapter for adapter in self._adapters if adapter._is_injected]
 
-    def read_for(self, model: Patchable, strict: bool = True, layers: dict[str, Layer] | None = None) -> LoraContents:
+    def read_for(self, model: Patchable, strict: bool = True, layers: Layers | None = None) -> LoraContents:
         """What of the file goes where on a model: updates with factors that fit, and what is left out.
 
         layers: those of the model, as `find_layers` gives them, if they were found before.
@@ -138,9 +138,12 @@ class LoraWeights:
         check_finite(_values(self.file.path, contents.updates))
         return contents
 
-    def _contents(self, model: Patchable, layers: dict[str, Layer], strict: bool) -> LoraContents:
-        path, tensors = self.file.path, self.file.tensors
-        identity = identify({key: tuple(tensor.shape) for key, tensor in tensors.items()})
+    @cached_property
+    def _identity(self) -> Identity:
+        return identify({key: tuple(tensor.shape) for key, tensor in self.file.tensors.items()})
+
+    def _contents(self, model: Patchable, layers: Layers, strict: bool) -> LoraContents:
+        path, tensors, identity = self.file.path, self.file.tensors, self._identity
         _check_family(path, identity, model)
         contents = assign_updates(self.file, model, layers)
         strange = strange_types(self.file.settings)
@@ -196,12 +199,12 @@ def _adapter_for(layer: nn.Module, delta: Delta) -> DeltaAdapter:
     return LoraAdapter(target, cast("Lora[Any]", delta)) if isinstance(delta, Lora) else DeltaAdapter(target, delta)
 
 
-def assign_updates(file: LoraFile, model: Patchable, layers: dict[str, Layer]) -> LoraContents:
+def assign_updates(file: LoraFile, model: Patchable, layers: Layers) -> LoraContents:
     """Find the layer of every update of a file, by name where there are names. Raises ValueError as `parse_updates`."""
     if is_in_order(file.tensors):
         return LoraContents(updates_in_order(file, model, layers), ())
     try:
-        return parse_updates(file.tensors, file.settings, places_of(layers))
+        return parse_updates(file.tensors, file.settings, layers.places)
     except ValueError as error:
         raise ValueError(f"{file.path}: {error}") from error
 
