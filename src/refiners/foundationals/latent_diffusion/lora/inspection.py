@@ -53,7 +53,7 @@ class LoraInspection:
         dtypes = ", ".join(f"{str(dtype).removeprefix('torch.')} in {count}" for dtype, count in self.dtypes.items())
         lines += [f"  number formats: {dtypes} tensors"] if dtypes else []
         lines += [f"  ranks: {ranks}"] if ranks else []
-        lines += [f"  alphas: {alphas or 'those of the ranks'}"] if kinds else []
+        lines += [f"  alphas: {alphas or 'those of the ranks'}"] if alphas or ranks else []
         lines += [f"  peft's {' and '.join(self.strange)}, which cannot be loaded"] if self.strange else []
         return "\n".join([*lines, *([f"  would do: {self.report}"] if self.report else [])])
 
