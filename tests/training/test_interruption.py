@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,15 @@ def test_a_signal_in_the_last_step_does_not_hold_up_the_end(tmp_path: Path) -> N
     assert len(losses.values) == 10
 
 
+@pytest.fixture
+def plain_interrupt() -> Iterator[None]:
+    """Ctrl-C as it is at a terminal: shells have what they start in the background ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("plain_interrupt")
 def test_a_second_signal_acts_at_once(tmp_path: Path) -> None:
     trainer, losses = make_trainer(tmp_path)
     trainer.callbacks.append(Raise(signal.SIGINT, step=6, times=2))
