@@ -33,6 +33,7 @@ class Delta(Module, ABC):
     # Whether `forward` works on what the layer returned.
     reads_output: bool = False
 
+    _factor_dims: ClassVar[int] = 0  # of the factor at one scale
     factor: Tensor  # (), or (n,) for n samples; float32: a buffer, so that a new scale needs no new compilation
 
     def __init__(self, name: str, scale: Scale = 1.0) -> None:
@@ -186,6 +187,10 @@ class Delta(Module, ABC):
 
     def _update_factor(self) -> None:
         """Write the factor anew: in place where that can be done, so that what was compiled stays good."""
+        strength = self._strength
+        if isinstance(strength, float) and self.factor.ndim == self._factor_dims and not self.factor.is_inference():
+            self.factor.fill_(strength)
+            return
         factor = self._factor(self.factor.device)
         if self.factor.is_inference() or self.factor.shape != factor.shape:
             self._buffers["factor"] = factor

@@ -23,6 +23,7 @@ class Lora(RankedDelta, ABC, Generic[Map]):
 
     kind = Kind.LORA
     _trailing: tuple[int, ...] = ()  # sizes of 1 that spread `factor` over the dimensions behind the channels
+    _factor_dims = 1
     down: Map
     up: Map
     factor: Tensor  # (rank,), or (n, rank) for n samples

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from refiners.fluxion.layers.transaction import transaction
 from refiners.foundationals.latent_diffusion.lora.places import Patchable, find_layers
 from refiners.foundationals.latent_diffusion.lora.report import LoraReport, attached_update
 from refiners.foundationals.latent_diffusion.lora.weights import LoraWeights
-from refiners.weights.lora_keys import Kind, LoraUpdate, check_finite
+from refiners.weights.lora_keys import Kind, LoraContents, LoraUpdate, check_finite
 
 
 class LoraSlot:
@@ -28,6 +29,7 @@ class LoraSlot:
         self._model = model
         self._loras: dict[str, Lora[Any]] = {}
         self._adapters: list[LoraAdapter] = []
+        self._known: WeakKeyDictionary[LoraWeights, LoraContents] = WeakKeyDictionary()  # what fits, found once
         self._held: set[str] = set()  # the paths of the layers that the LoRA in it is on
         self._layers = find_layers(model)
         with transaction():
@@ -43,6 +45,7 @@ class LoraSlot:
 
         Raises ValueError as `LoraWeights.patch`, and if a rank is above that of the slot, or an update is no LoRA;
         TypeError if the scale is no number; RuntimeError if the slot was removed from the model or merged.
+        A `LoraWeights` that was in it before is put back without another look at its file.
         """
         if not all(adapter._is_injected for adapter in self._adapters):
             raise RuntimeError(
@@ -50,9 +53,12 @@ class LoraSlot:
             )
         kept = checked_scale(scale)
         weights = lora if isinstance(lora, LoraWeights) else LoraWeights(lora)
-        contents = weights.read_for(self._model, strict, self._layers)
-        for update in contents.updates:
-            self._check(weights.file.path, update)
+        contents = self._known.get(weights)
+        if contents is None or (strict and contents.left_out):
+            contents = weights.read_for(self._model, strict, self._layers)
+            for update in contents.updates:
+                self._check(weights.file.path, update)
+            self._known[weights] = contents
         updates = {update.place.path: update for update in contents.updates}
         factors = {path: self._placed(weights.file.path, update) for path, update in updates.items()}
         self._empty(self._loras.keys() - updates.keys())
