@@ -33,6 +33,7 @@ KINDS = {
     "loha": Kind.LOHA,
     "lokr": Kind.LOKR,
     "glora": Kind.GLORA,
+    "elementwise_glora": Kind.ELEMENTWISE_GLORA,
     "oft": Kind.OFT,
     "boft": Kind.OFT,  # LyCORIS calls its parts the same
     "ia3": Kind.IA3,
@@ -185,11 +186,12 @@ def test_a_lora_learns_and_the_base_does_not_move(tmp_path: Path, model_folder: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["dora", "loha", "lokr", "glora", "oft", "boft", "ia3"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_other_kinds_train_and_their_file_does_what_was_trained(
     tmp_path: Path, model_folder: Path, picture_folder: Path, kind: str
 ) -> None:
-    lora = f'kind = "{kind}"\nunet_targets = ["TransformerLayer", "ResidualBlock"]\nlayers = ["Linear", "Conv2d"]'
+    layers = '"Linear"' if kind == "elementwise_glora" else '"Linear", "Conv2d"'
+    lora = f'kind = "{kind}"\nunet_targets = ["TransformerLayer", "ResidualBlock"]\nlayers = [{layers}]'
     size = "" if kind == "ia3" else "\nrank = 4"
     trainer = train(write_config(tmp_path, "lora", model_folder, picture_folder, lora=lora + size))
     file = tmp_path / "out" / "lora.safetensors"
@@ -210,6 +212,9 @@ def test_a_kind_that_the_format_does_not_hold_is_a_mistake() -> None:
         LoraConfig.read({"kind": "lokr", "format": "peft"})
     with pytest.raises(ConfigError, match='kind = "ia3" has neither a rank nor an alpha'):
         LoraConfig.read({"kind": "ia3", "rank": 4})
+    for more in ({"alpha": 2.0}, {"layers": ["Linear", "Conv2d"]}):
+        with pytest.raises(ConfigError, match='"elementwise_glora" has no alpha, and is of layers'):
+            LoraConfig.read({"kind": "elementwise_glora", **more})
     assert LoraConfig.read({"kind": "dora", "format": "diffusers"}).rank == 16
 
 

@@ -12,6 +12,7 @@ import refiners.fluxion.layers as fl
 from refiners.adapters.delta import Delta
 from refiners.adapters.delta_adapter import DeltaAdapter
 from refiners.adapters.dora import Dora
+from refiners.adapters.elementwise_glora import ElementwiseGlora
 from refiners.adapters.glora import Glora
 from refiners.adapters.ia3 import Ia3
 from refiners.adapters.loha import Loha
@@ -34,6 +35,7 @@ _KINDS: dict[str, Callable[..., Delta]] = {
     "loha": Loha.for_layer,
     "lokr": Lokr.for_layer,
     "glora": Glora.for_layer,
+    "elementwise_glora": ElementwiseGlora.for_layer,
     "oft": Oft.for_layer,
     "boft": Boft.for_layer,
     "ia3": Ia3.for_layer,
@@ -45,7 +47,8 @@ class LoraConfig(Section):
 
     kind: of the updates; others than "lora" and "dora" are in kohya's format only, with the names of LyCORIS.
     rank, alpha: of each update; alpha is the rank if not given. For "oft" and "boft" the rank is the most entries that
-        a block may have, and alpha a limit of the turns, none if not given; "ia3" has neither.
+        a block may have, and alpha a limit of the turns, none if not given; "ia3" has neither. "elementwise_glora",
+        which is peft's GLoRA and has the names of peft, has no alpha and is of linear layers alone.
     trigger_phrase: put before each caption; `use_only_trigger_probability`: how often it stands alone.
     unet_targets, text_encoder_targets: classes or paths in the trees, see `refiners.training.targets`; empty for none.
     layers: the kinds of layers that are adapted there.
@@ -53,7 +56,7 @@ class LoraConfig(Section):
     name: of the result, `<save_folder>/<name>.safetensors`.
     """
 
-    kind: Literal["lora", "dora", "loha", "lokr", "glora", "oft", "boft", "ia3"] = "lora"
+    kind: Literal["lora", "dora", "loha", "lokr", "glora", "elementwise_glora", "oft", "boft", "ia3"] = "lora"
     rank: int = Field(default=16, ge=1)
     alpha: float | None = Field(default=None, gt=0)
     trigger_phrase: str = ""
@@ -70,6 +73,8 @@ class LoraConfig(Section):
             raise ValueError(f'kind = "{self.kind}" is not written in the form of {self.format}; use "kohya"')
         if self.kind == "ia3" and self.model_fields_set & {"rank", "alpha"}:
             raise ValueError('kind = "ia3" has neither a rank nor an alpha; leave them out')
+        if self.kind == "elementwise_glora" and (self.alpha is not None or self.layers != ("Linear",)):
+            raise ValueError('kind = "elementwise_glora" has no alpha, and is of layers = ["Linear"] alone')
         return self
 
     @model_validator(mode="after")
@@ -87,7 +92,9 @@ class LoraConfig(Section):
         """A new update on a layer, which changes nothing yet."""
         settings: dict[str, Any] = {"name": self.name, "dtype": torch.float32}
         if self.kind != "ia3":
-            settings |= {"rank": self.rank, "alpha": self.alpha}
+            settings["rank"] = self.rank
+        if self.kind not in ("ia3", "elementwise_glora"):
+            settings["alpha"] = self.alpha
         if self.kind == "lora":
             return LoraAdapter(layer, **settings)
         return DeltaAdapter(layer, _KINDS[self.kind](layer, **settings))

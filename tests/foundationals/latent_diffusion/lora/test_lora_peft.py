@@ -48,6 +48,7 @@ def test_peft_computes_the_same_and_our_files_do_too(models: Models, tmp_path: P
 def test_what_is_off_in_a_glora_is_zero_or_refused(models: Models, tmp_path: Path) -> None:
     source = peft_folder(models[1], tmp_path / "a", "GLoRA of numbers") / "unet"
     tensors = read_safetensors(source / "adapter_model.safetensors")
+    assert "alphas:" not in str(inspect_lora(source)) and "elementwise GLoRA on" in str(inspect_lora(source))
     zeros = [key for key in tensors if key.endswith("glora_C.zeros")]
     assert len(LoraWeights(source).patch(models[0]).attached) == len(zeros) > 0
     write_safetensors(source / "adapter_model.safetensors", tensors | {zeros[0]: tensors[zeros[0]] + 1})

@@ -57,10 +57,8 @@ def test_files_that_were_in_it_come_back_the_same(
 ) -> None:
     tensors = LoraWeights(files["text"]).file.tensors
     more = write(tmp_path / "more.safetensors", {**tensors, "lora_unet_nowhere.lora_up.weight": torch.ones(2, 2)})
-    slot, loras = (
-        sd.loras.reserve(rank=4),
-        [LoraWeights(files["all"]), LoraWeights(files["attention"]), LoraWeights(more)],
-    )
+    slot = sd.loras.reserve(rank=4)
+    loras = [LoraWeights(path) for path in (files["all"], files["attention"], more)]
     first = [(slot.load(lora, 0.5, strict=False), outputs(sd)) for lora in loras]
     for lora, (report, expected) in zip(loras, first, strict=True):
         assert slot.load(lora, 0.5, strict=False) == report
@@ -68,12 +66,9 @@ def test_files_that_were_in_it_come_back_the_same(
     assert first[2][0].left_out
     with pytest.raises(ValueError, match=r"1 of .* keys cannot be used here"):
         slot.load(loras[2])
-    with sd.loras.applied(files["all"], scale=[0.5, 2.0]):
-        both = outputs(sd)
-    slot.load(loras[0], [0.5, 2.0])
+    slot.load(loras[0], [0.5])  # one scale for each sample, and one for all again
     slot.load(loras[0], 0.5)
     assert all(torch.equal(one, other) for one, other in zip(outputs(sd), first[0][1], strict=True))
-    assert errors(both, first[0][1]) > 1e-3
 
 
 def test_nothing_of_an_earlier_lora_comes_back_with_a_scale(sd: StableDiffusion_1, files: dict[str, Path]) -> None:
